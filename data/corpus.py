@@ -1,0 +1,107 @@
+"""What a corpus is: two splits, each one long stream of tokens that can be read by range.
+
+Where documents begin is known from an index, without reading tokens, so that every process knows the boundaries of a
+whole sequence while it reads only its own slice of the tokens.
+"""
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from .order import Region
+from .tokenizers import Tokenizer
+
+SPLITS = ("train", "validation")
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be opened or read; the message is one line for the user."""
+
+
+class Corpus(ABC):
+    """Two splits, "train" and "validation".
+
+    Attributes: `name`; `tokenizer`, for prompts and samples; `concurrent_reads`, how many reads to have under way at
+    once: more than one where each waits for a network.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    concurrent_reads: int = 1
+
+    @abstractmethod
+    def num_tokens(self, split: str) -> int:
+        """Length of the split's stream, in tokens."""
+
+    @abstractmethod
+    def document_starts(self, split: str, start: int, stop: int) -> np.ndarray:
+        """Ascending int64 positions in [start, stop) of the stream at which a document begins. Position 0 always does.
+
+        A document's separator is its own last token. Reads no tokens.
+        """
+
+    @abstractmethod
+    def read(self, split: str, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the stream, shape (stop - start,), unsigned integers. Touches no other tokens.
+
+        CorpusError: what lies there is missing or shorter than the index says.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hexadecimal digest that changes when the tokens, their order or the splits do: compare it before a resume."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self.tokenizer.vocab_size
+
+    def regions(self, split: str) -> list[Region]:
+        """The stretches of the stream that are read as corpora of their own; one, unless this is a mixture."""
+        return [Region(0, self.num_tokens(split), name=self.name)]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a prompt, without a separator."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of a sample."""
+        return self.tokenizer.decode(tokens)
+
+    @staticmethod
+    def open(
+        source: str | Mapping[str, float],
+        *,
+        verify: Literal["size", "checksum"] = "size",
+        on_bad_shard: Literal["stop", "skip"] = "stop",
+    ) -> "Corpus":
+        """Open a corpus.
+
+        Args:
+            source: "python-source" or "ecoli"; the path or fsspec URL of a folder that `prepare` made; or a mixture,
+                {any of these: its weight}.
+            verify, on_bad_shard: for prepared corpora, see `ShardedCorpus`.
+
+        Raises CorpusError, in one line: there is no such corpus (the nearest name is given), or it is damaged.
+        """
+        from .embedded import EMBEDDED  # the implementations import this module
+        from .mixture import open_mixture
+        from .shards import ShardedCorpus
+
+        if not isinstance(source, str):
+            return open_mixture(source, verify=verify, on_bad_shard=on_bad_shard)
+        if source in EMBEDDED:
+            return EMBEDDED[source]()
+        if "/" in source or Path(source).exists():
+            return ShardedCorpus(source, verify=verify, on_bad_shard=on_bad_shard)
+        near = difflib.get_close_matches(source, EMBEDDED, n=1, cutoff=0.4)
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"take {', '.join(sorted(EMBEDDED))}, or the path of a prepared corpus"
+        )
+        raise CorpusError(f"unknown corpus {source!r}: {hint}")

@@ -1,0 +1,121 @@
+"""One part of a preparation: some source, tokenised into a shard for each split, and the record that it is done."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .corpus import SPLITS, CorpusError
+from .shards import ShardEntry
+from .sources import Piece, documents
+from .storage import Folder
+from .tokenizers import Tokenizer
+
+PARTS = "parts"
+_ENCODED_TOGETHER = 4 << 20
+
+
+class Part(BaseModel):
+    """The content of parts/NNNNN.json: a part's shards by split; a split that no document fell into has none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shards: dict[str, ShardEntry]
+
+
+@dataclass(frozen=True)
+class Division:
+    """How documents are shared among the splits."""
+
+    validation: float
+    holdout: Literal["documents", "tail"]
+
+    def tail(self, length: int) -> int:
+        """How much of a document's end is held out, of `length` tokens or bytes."""
+        return round(length * self.validation) if self.holdout == "tail" else 0
+
+    def held_out(self, document: bytes) -> bool:
+        """By content: a document that occurs twice falls into the same split twice."""
+        if self.holdout == "tail":
+            return False
+        digest = hashlib.blake2b(document, digest_size=8).digest()
+        return int.from_bytes(digest, "little") < self.validation * 2**64
+
+
+def finished_parts(folder: Folder, tokenizer: Tokenizer, num_parts: int) -> dict[int, Part]:
+    """The parts of an interrupted run that can be trusted: their record is whole and their shards are all there."""
+    sizes = folder.sizes()
+    records = folder.sizes(PARTS)
+    done = {}
+    for number in range(num_parts):
+        if f"{number:05d}.json" not in records:
+            continue
+        with contextlib.suppress(ValidationError):
+            part = Part.model_validate_json(folder.read(f"{PARTS}/{number:05d}.json"))
+            if all(
+                sizes.get(shard.tokens_file) == shard.num_tokens * tokenizer.dtype.itemsize
+                and sizes.get(shard.documents_file) == shard.num_documents * 8
+                for shard in part.shards.values()
+            ):
+                done[number] = part
+    return done
+
+
+def make_part(
+    folder: Folder, number: int, pieces: list[Piece], tokenizer: Tokenizer, division: Division, field: str
+) -> Part:
+    """Tokenise and write one part, its record last."""
+    streams: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    separator = np.array([tokenizer.separator], dtype=tokenizer.dtype)
+    for texts in _batches(pieces, field):
+        try:
+            encoded = tokenizer.encode_batch([text for _, text in texts])
+        except ValueError as error:
+            files = sorted({piece.file.url for piece, _ in texts})
+            raise CorpusError(f"{files[0]}: {error}") from error
+        for (_, text), tokens in zip(texts, encoded, strict=True):
+            head = len(tokens) - division.tail(len(tokens))
+            halves = (tokens[:0], tokens) if division.held_out(text) else (tokens[:head], tokens[head:])
+            for split, half in zip(SPLITS, halves, strict=True):
+                if len(half):
+                    streams[split].append(np.concatenate([half, separator]))
+    shards = {
+        split: _write_shard(folder, f"{split}-{number:05d}", stream) for split, stream in streams.items() if stream
+    }
+    part = Part(shards=shards)
+    folder.write(f"{PARTS}/{number:05d}.json", part.model_dump_json().encode())
+    return part
+
+
+def _batches(pieces: list[Piece], field: str) -> Iterator[list[tuple[Piece, bytes]]]:
+    """The documents, a few megabytes at a time."""
+    batch, size = [], 0
+    for piece in pieces:
+        for document in documents(piece, field):
+            batch.append((piece, document))
+            size += len(document)
+            if size >= _ENCODED_TOGETHER:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_shard(folder: Folder, name: str, stream: list[np.ndarray]) -> ShardEntry:
+    tokens = np.concatenate(stream).tobytes()
+    starts = np.cumsum([0, *(len(document) for document in stream)], dtype="<u8")
+    listing = starts[:-1].tobytes()
+    shard = ShardEntry(
+        name=name,
+        num_tokens=int(starts[-1]),
+        num_documents=len(stream),
+        tokens_sha256=hashlib.sha256(tokens).hexdigest(),
+        documents_sha256=hashlib.sha256(listing).hexdigest(),
+    )
+    folder.write(shard.tokens_file, tokens)
+    folder.write(shard.documents_file, listing)
+    return shard

@@ -1,0 +1,277 @@
+"""Preparing a corpus: raw sources to token shards, in parts that are each finished or not begun.
+
+A part is about `part_bytes` of source. Its shards are written, then `parts/00012.json` that says so, with checksums;
+when all parts are there, `index.json`. Preparing again after an interruption keeps the finished parts. The result
+depends on the sources and settings alone: not on the number of workers, and not on interruptions.
+"""
+
+import difflib
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Literal
+
+from .corpus import SPLITS, CorpusError
+from .order import stable_hash
+from .parts import PARTS, Division, Part, finished_parts, make_part
+from .shards import INDEX, TOKENIZER, Index, find_problems, read_index
+from .sources import Kind, Piece, SourceFile, cut, documents, expand
+from .storage import Folder
+from .subwords import SubwordTokenizer, train_bpe
+from .tokenizers import BUILT_IN, Tokenizer
+
+_PLAN = "prepare.plan"
+_BPE_VOCABULARY = 4096
+_TRAINING_BYTES = 32 << 20
+_FEW_TEXTS = 100
+Holdout = Literal["auto", "documents", "tail"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far `prepare` is. `seconds` since it began; parts that an earlier run finished count as done."""
+
+    parts_done: int
+    num_parts: int
+    source_bytes_done: int
+    source_bytes: int
+    num_documents: int
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` made. Tokens and documents are per split."""
+
+    url: str
+    tokenizer: str
+    vocab_size: int
+    num_shards: int
+    num_tokens: dict[str, int]
+    num_documents: dict[str, int]
+    seconds: float
+
+
+def prepare(
+    sources: str | list[str],
+    out: str,
+    *,
+    tokenizer: str = "bytes",
+    vocab_size: int | None = None,
+    separator: str | None = None,
+    format: Kind | Literal["auto"] = "auto",
+    field: str = "text",
+    validation: float = 0.05,
+    holdout: Holdout = "auto",
+    part_bytes: int = 64 << 20,
+    workers: int = 2,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Prepared:
+    """Turn raw sources into a prepared corpus that `Corpus.open(out)` reads. Run again, it goes on.
+
+    Args:
+        sources: files, folders (everything below), globs; paths or fsspec URLs (s3://bucket/*.jsonl).
+        out: folder to write, path or fsspec URL.
+        tokenizer: "bytes", "dna", "bpe" (trained on a sample of the sources, each digit a token of its own), or the
+            path or URL of a tokenizer.json. vocab_size: for "bpe" only, default 4096. separator: for a tokenizer.json
+            only, the token that ends a document, where it has an unusual name.
+        format: "text" (a file is a document), "jsonl", "parquet", "fasta" (a record is one), or by file ending.
+            Compressed files (.gz, .bz2, .xz) are read as what is in them.
+        field: key or column that holds the text, for JSONL and Parquet.
+        validation: share to hold out. holdout: "documents" holds out whole documents by a hash of their content, "tail"
+            the end of each; "auto" takes the tail for FASTA and for fewer than 100 text files.
+        part_bytes: source bytes in a shard, about. workers: threads. progress: called as parts are finished.
+        overwrite: replace what another preparation left in `out`.
+
+    Raises ValueError (CorpusError where files are at fault): one line with the file or value and the fix.
+    """
+    began = time.monotonic()
+    if not 0 <= validation < 1:
+        raise ValueError(f"validation {validation} is not a share: take 0 or more and less than 1, as in 0.05")
+    if part_bytes < 1 or workers < 1:
+        raise ValueError(f"part_bytes {part_bytes} and workers {workers} must be at least 1")
+    folder = Folder(out)
+    own = folder.fs.unstrip_protocol(folder.root) + "/"
+    files = expand([sources] if isinstance(sources, str) else sources, format, exclude=own)
+    division = Division(validation, _choose_holdout(files) if holdout == "auto" else holdout)
+    name, loaded = _identify_tokenizer(tokenizer, vocab_size, separator)
+    plan = _digest(
+        [(file.url, file.size, file.kind) for file in files], name, field, validation, division.holdout, part_bytes
+    )
+    if _claim(folder, plan, overwrite):
+        return _summary(folder, read_index(folder), began)
+
+    parts = cut(files, part_bytes)
+    if loaded is None:
+        loaded = _trained_tokenizer(folder, parts, division, field, vocab_size or _BPE_VOCABULARY)
+    elif isinstance(loaded, SubwordTokenizer):
+        folder.write(TOKENIZER, loaded.content.encode())
+    made = _make_parts(folder, parts, loaded, division, field, workers, progress)
+    index = _index(loaded, plan, made)
+    folder.write(INDEX, index.model_dump_json(indent=1).encode())
+    folder.remove([f"{PARTS}/{name}" for name in folder.sizes(PARTS)])
+    return _summary(folder, index, began)
+
+
+def _make_parts(
+    folder: Folder,
+    parts: list[list[Piece]],
+    tokenizer: Tokenizer,
+    division: Division,
+    field: str,
+    workers: int,
+    progress: Callable[[Progress], None] | None,
+) -> list[Part]:
+    """All parts, in order: those that an earlier run finished, and the others made now."""
+    began = time.monotonic()
+    done: dict[int, Part] = {}
+    sizes = [sum(piece.size for piece in part) for part in parts]
+    totals = Counter[str]()
+
+    def finish(number: int, part: Part) -> None:
+        done[number] = part
+        totals["bytes"] += sizes[number]
+        totals["documents"] += sum(shard.num_documents for shard in part.shards.values())
+        totals["tokens"] += sum(shard.num_tokens for shard in part.shards.values())
+
+    def report() -> None:
+        if progress:
+            counts = (totals["bytes"], sum(sizes), totals["documents"], totals["tokens"])
+            progress(Progress(len(done), len(parts), *counts, time.monotonic() - began))
+
+    for number, part in finished_parts(folder, tokenizer, len(parts)).items():
+        finish(number, part)
+    report()
+    with ThreadPoolExecutor(workers, "prepare") as pool:
+        tasks = {
+            pool.submit(make_part, folder, number, part, tokenizer, division, field): number
+            for number, part in enumerate(parts)
+            if number not in done
+        }
+        try:
+            for task in as_completed(tasks):
+                finish(tasks[task], task.result())
+                report()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # parts that are begun are finished, and kept for the next run
+            raise
+    return [done[number] for number in range(len(parts))]
+
+
+def _choose_holdout(files: list[SourceFile]) -> Literal["documents", "tail"]:
+    kinds = {file.kind for file in files}
+    few_texts = kinds == {"text"} and len(files) < _FEW_TEXTS
+    return "tail" if few_texts or "fasta" in kinds else "documents"
+
+
+def _identify_tokenizer(tokenizer: str, vocab_size: int | None, separator: str | None) -> tuple[str, Tokenizer | None]:
+    """What stands for the tokenizer in the plan, and the tokenizer unless it is still to be trained."""
+    if vocab_size is not None and tokenizer != "bpe":
+        raise ValueError(f"vocab_size is chosen for a tokenizer that is trained here (bpe), not for {tokenizer!r}")
+    if separator is not None and (tokenizer == "bpe" or tokenizer in BUILT_IN):
+        raise ValueError(f"a separator is chosen for a tokenizer.json, not for {tokenizer!r}")
+    if tokenizer == "bpe":
+        return f"bpe:{vocab_size or _BPE_VOCABULARY}", None
+    if tokenizer in BUILT_IN:
+        return tokenizer, BUILT_IN[tokenizer]()
+    if not tokenizer.endswith(".json"):
+        names = ["bpe", *BUILT_IN]
+        near = difflib.get_close_matches(tokenizer, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"take {', '.join(names)}, or the path of a tokenizer.json"
+        raise ValueError(f"unknown tokenizer {tokenizer!r}: {hint}")
+    parent, _, file = tokenizer.rpartition("/")
+    try:
+        loaded = SubwordTokenizer(Folder(parent or ".").read(file).decode("utf-8", "replace"), separator=separator)
+    except CorpusError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{tokenizer}: {error}") from error
+    return f"{loaded.name}:{loaded.separator}", loaded
+
+
+def _digest(*settings: object) -> str:
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def _claim(folder: Folder, plan: str, overwrite: bool) -> bool:
+    """Make sure that `out` holds this preparation or nothing. True: it is finished already.
+
+    CorpusError: it holds another one and may not be overwritten.
+    """
+    names = folder.sizes()
+    if _PLAN in names or INDEX in names:
+        if _PLAN in names and folder.read(_PLAN) == plan.encode():
+            return INDEX in names and _whole(folder)
+        if not overwrite:
+            raise CorpusError(
+                f"{folder.url} holds a corpus prepared from other sources or settings: "
+                "take another folder, or overwrite it"
+            )
+        ours = [name for name in names if name in (_PLAN, TOKENIZER) or name.endswith((".tokens", ".documents"))]
+        parts = [f"{PARTS}/{name}" for name in folder.sizes(PARTS)]
+        folder.remove([INDEX] * (INDEX in names) + parts + ours)
+    folder.write(_PLAN, plan.encode())
+    return False
+
+
+def _whole(folder: Folder) -> bool:
+    try:
+        return not find_problems(folder, read_index(folder), checksum=False)
+    except CorpusError:
+        return False
+
+
+def _trained_tokenizer(
+    folder: Folder, parts: list[list[Piece]], division: Division, field: str, vocab_size: int
+) -> Tokenizer:
+    """The BPE tokenizer of an interrupted run, or one trained on up to 32 MiB from all over the training split."""
+    if TOKENIZER in folder.sizes():
+        return SubwordTokenizer(folder.read(TOKENIZER).decode())
+
+    def sample() -> Iterator[str]:
+        room = _TRAINING_BYTES
+        share = max(room // len(parts), 1 << 20)
+        for number in sorted(range(len(parts)), key=lambda number: stable_hash("sample", number)):
+            left = min(share, room)
+            for document in (document for piece in parts[number] for document in documents(piece, field)):
+                if left <= 0:
+                    break
+                if not division.held_out(document):
+                    text = document[: min(left, len(document) - division.tail(len(document)))]
+                    yield text.decode("utf-8", "replace")
+                    left, room = left - len(text), room - len(text)
+
+    trained = train_bpe(sample(), vocab_size)
+    folder.write(TOKENIZER, trained.content.encode())
+    return trained
+
+
+def _index(tokenizer: Tokenizer, plan: str, parts: list[Part]) -> Index:
+    return Index.model_validate(
+        {
+            "tokenizer": tokenizer.name,
+            "separator": tokenizer.separator,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": tokenizer.dtype.str,
+            "plan": plan,
+            "splits": {split: [part.shards[split] for part in parts if split in part.shards] for split in SPLITS},
+        }
+    )
+
+
+def _summary(folder: Folder, index: Index, began: float) -> Prepared:
+    return Prepared(
+        folder.url,
+        index.tokenizer,
+        index.vocab_size,
+        len(index.shards),
+        {split: sum(shard.num_tokens for shard in index.splits[split]) for split in SPLITS},
+        {split: sum(shard.num_documents for shard in index.splits[split]) for split in SPLITS},
+        time.monotonic() - began,
+    )

@@ -1,0 +1,118 @@
+"""Files at any fsspec URL: a folder, read by range and written whole, patient with a store that fails for a while."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from .corpus import CorpusError
+
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+_WAITS = (0.5, 1.5, 4.0)
+_FINAL = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ValueError,
+    TypeError,
+)
+
+
+def resolve(url: str) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of a URL or path, and the path in it. CorpusError: unknown protocol, or its package is missing."""
+    try:
+        return url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise CorpusError(f"cannot open {url}: {one_line(error)}") from error
+
+
+def patiently(action: Callable[[], Result], what: str, sleep: Callable[[float], None] = time.sleep) -> Result:
+    """Do what may fail for a while (refused, throttled or dropped connections), four times in all.
+
+    What waiting does not mend (not found, not permitted), and the last failure, are raised as CorpusError with `what`.
+    """
+    for attempt, wait in enumerate((*_WAITS, None), start=1):
+        try:
+            return action()
+        except CorpusError:
+            raise
+        except Exception as error:
+            if wait is None or isinstance(error, _FINAL):
+                tries = "" if attempt == 1 else f" after {attempt} tries"
+                raise CorpusError(f"{what}{tries}: {one_line(error)}") from error
+            log.warning("%s: %s; trying again in %.1f s", what, one_line(error), wait)
+            sleep(wait)
+    raise AssertionError
+
+
+def one_line(error: BaseException) -> str:
+    """The cause as one line, never empty."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+class Folder:
+    """A folder at a URL. Names are those of files inside it, with "/" between the parts."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.fs, root = resolve(url)
+        self.root = root.rstrip("/")
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """The bytes [start, stop) of a file, all of it by default. CorpusError: they are not to be had."""
+
+        def fetch() -> Any:  # bytes; fsspec says str | bytes
+            return self.fs.cat_file(self.path(name), start=start, end=stop)
+
+        return patiently(fetch, f"cannot read {self.url}/{name}")
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file whole or not at all, over the one that is there."""
+
+        def store() -> None:
+            path = self.path(name)
+            if self.is_local:  # object stores show nothing before the last byte; disks do
+                self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                self.fs.pipe_file(f"{path}.writing", content)
+                Path(f"{path}.writing").replace(path)
+            else:
+                self.fs.pipe_file(path, content)
+
+        patiently(store, f"cannot write {self.url}/{name}")
+
+    def sizes(self, name: str = "") -> dict[str, int]:
+        """Sizes in bytes of the files directly in this folder, or its subfolder `name`; empty where there is none."""
+
+        def listing() -> dict[str, int]:
+            self.fs.invalidate_cache()
+            try:
+                entries = self.fs.ls(self.path(name).rstrip("/"), detail=True)
+            except FileNotFoundError:
+                return {}
+            return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+
+        return patiently(listing, f"cannot list {self.url}/{name}")
+
+    def remove(self, names: list[str]) -> None:
+        """Remove files that are there."""
+        for name in names:
+            patiently(lambda name=name: self.fs.rm_file(self.path(name)), f"cannot remove {self.url}/{name}")

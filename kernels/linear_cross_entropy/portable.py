@@ -1,0 +1,85 @@
+"""Linear layer and cross-entropy, a chunk of tokens at a time, with the gradients taken in the forward.
+
+The logits of a chunk are turned into their gradient in place and multiplied at once into the gradients of hidden states
+and weights; then they are forgotten. The backward only scales. Chunking in the manner of Liger-Kernel
+(github.com/linkedin/Liger-Kernel).
+
+Legend: N tokens, S tokens of a chunk, D width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..autograd import first_order
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of losses; see `linear_cross_entropy`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        bias: Tensor | None,
+        chunk_size: int,
+        ignore_index: int,
+    ) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_bias = bias is not None and ctx.needs_input_grad[3]
+        dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and need_bias else None
+        total = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+        for start in range(0, hidden_ND.shape[0], chunk_size):
+            hidden_SD, targets_S = hidden_ND[start : start + chunk_size], targets_N[start : start + chunk_size]
+            logits_SV = F.linear(hidden_SD, weight_VD, bias).to(dtype)
+            counted_S = targets_S != ignore_index
+            index_S1 = torch.where(counted_S, targets_S, 0).unsqueeze(1)
+            normaliser_S1 = logits_SV.logsumexp(1, keepdim=True)
+            loss_S1 = normaliser_S1 - logits_SV.gather(1, index_S1)
+            total += torch.where(counted_S.unsqueeze(1), loss_S1, 0.0).sum()
+            if not (need_hidden or need_weight or need_bias):
+                continue
+            # softmax - one-hot, in the memory of the logits
+            grad_SV = logits_SV.sub_(normaliser_S1).exp_()
+            grad_SV.scatter_add_(1, index_S1, torch.full_like(normaliser_S1, -1.0))
+            grad_SV.masked_fill_(~counted_S.unsqueeze(1), 0.0)
+            if grad_bias is not None:
+                grad_bias += grad_SV.sum(0)
+            grad_SV = grad_SV.to(hidden_ND.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_SV, weight_VD, out=grad_hidden[start : start + chunk_size])
+            if grad_weight is not None:
+                _accumulate(grad_weight, grad_SV.t(), hidden_SD)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (weight_VD.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
+            None,
+            None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
+            None,
+            None,
+        )
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; half-precision products are summed over chunks in the total's dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += torch.mm(left, right)

@@ -1,0 +1,22 @@
+"""What is computed: mixers, blocks, experts, language models, presets."""
+
+from .build import build_model
+from .config import ConfigError, ModelConfig, one_line
+from .language_model import LanguageModel, Losses
+from .parameters import initialise, weight_decayed
+from .plan import PlanError
+from .presets import list_presets, load_preset
+
+__all__ = [
+    "ConfigError",
+    "LanguageModel",
+    "Losses",
+    "ModelConfig",
+    "PlanError",
+    "build_model",
+    "initialise",
+    "list_presets",
+    "load_preset",
+    "one_line",
+    "weight_decayed",
+]

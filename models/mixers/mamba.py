@@ -1,0 +1,147 @@
+"""Mamba's mixer: a selective state space behind a short convolution (Gu and Dao, arXiv 2312.00752, state-spaces/mamba).
+
+    x, z = in_proj(u);  x = SiLU(conv(x));  delta, B, C = x_proj(x);  delta = softplus(dt_proj(delta))
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t        y_t = C_t h_t + D x_t        out = out_proj(y * SiLU(z))
+
+Split along the sequence: the convolution takes a halo; each shard scans from zero and `prefix_state` gives the state
+that really enters it, whose contribution is added before the gate. What travels is one state and one sum of step
+sizes a channel, whatever the length. With `inner_norms` it is Jamba's mixer (arXiv 2403.19887): RMS norms on delta,
+B and C.
+
+Shapes: B batch, T local tokens, D model width, C inner channels, N state size, R rank of delta, W convolution width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ...kernels import selective_scan, selective_scan_readout, short_convolution
+from ...parallel import PerChannel, SequenceShard, halo, prefix_state
+from ..parameters import Initialiser, Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, uniform
+from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
+
+
+class MambaOptions(MixerOptions):
+    """`state`: N; `expand`: C = expand x D; `conv`: W; `dt_rank`: R, by default ceil(D / 16)."""
+
+    state: int = Field(default=16, ge=1)
+    expand: int = Field(default=2, ge=1)
+    conv: int = Field(default=4, ge=2)
+    dt_rank: int | None = Field(default=None, ge=1)
+    dt_min: float = Field(default=1e-3, gt=0)
+    dt_max: float = Field(default=1e-1, gt=0)
+    conv_bias: bool = True
+    bias: bool = False
+    inner_norms: bool = False
+
+    def build(self, place: LayerPlace) -> Mamba:
+        return Mamba(self, place)
+
+
+class Mamba(Mixer):
+    """Parameters as in the authors' code: `A_log` (C, N), `D` (C,), `conv_weight` (C, W), and four projections."""
+
+    def __init__(self, options: MambaOptions, place: LayerPlace) -> None:
+        super().__init__()
+        width, channels, state = place.width, options.expand * place.width, options.state
+        rank = options.dt_rank or math.ceil(width / 16)
+        self.sizes = (rank, state, state)
+        self.in_proj = Linear(width, 2 * channels, fan_in_uniform(), bias=options.bias)
+        self.conv_weight = self.parameter("conv_weight", (channels, options.conv), fan_in_uniform())
+        conv_bias_init = uniform(options.conv**-0.5)
+        self.conv_bias = self.parameter("conv_bias", (channels,), conv_bias_init) if options.conv_bias else None
+        self.x_proj = Linear(channels, sum(self.sizes), fan_in_uniform())
+        step_sizes = log_uniform_step_sizes(options.dt_min, options.dt_max)
+        self.dt_proj = Linear(rank, channels, uniform(rank**-0.5), bias=True, bias_init=step_sizes)
+        self.A_log = self.parameter("A_log", (channels, state), log_integers, decay=False)
+        self.D = self.parameter("D", (channels,), constant(1.0))
+        self.out_proj = Linear(channels, width, fan_in_uniform(place.num_layers**-0.5), bias=options.bias)
+        norms = [RMSNorm(size, place.norm_eps) for size in self.sizes] if options.inner_norms else []
+        self.inner_norms = torch.nn.ModuleList(norms)
+
+    def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
+        u_BTC, z_BTC = self.in_proj(x_BTD).chunk(2, dim=-1)
+        starts_BT = shard.start_mask(x_BTD.device)
+        width = self.conv_weight.shape[1]
+        u_BTC = short_convolution(
+            u_BTC,
+            self.conv_weight,
+            self.conv_bias,
+            halo=halo(u_BTC, width - 1, shard),
+            activation="silu",
+            document_starts=starts_BT,
+        )
+        delta_BTC, B_BTN, C_BTN = self.select(u_BTC)
+        A_CN = self.rates()
+        y_BTC, final_BCN = selective_scan(u_BTC, delta_BTC, A_CN, B_BTN, C_BTN, D=self.D, document_starts=starts_BT)
+        if shard.size > 1:
+            transition = PerChannel(A_CN, delta_BTC.sum(dim=1), shard.reset_mask(x_BTD.device))
+            entering_BCN = prefix_state(transition, final_BCN, shard)
+            y_BTC = y_BTC + selective_scan_readout(entering_BCN, delta_BTC, A_CN, C_BTN, document_starts=starts_BT)
+        return self.out_proj((y_BTC * F.silu(z_BTC)).to(x_BTD.dtype))
+
+    def rates(self) -> Tensor:
+        """A (C, N), negative, in float32 or better: half types would move the slow decays by percents."""
+        return -torch.exp(at_least_float32(self.A_log))
+
+    def select(self, u_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What depends on the token: step sizes (..., C), positive and in float32 or better; B and C (..., N)."""
+        selected = self.x_proj(u_BTC).split(self.sizes, dim=-1)
+        if self.inner_norms:
+            selected = [norm(part) for norm, part in zip(self.inner_norms, selected, strict=True)]
+        delta_BTR, B_BTN, C_BTN = selected
+        return F.softplus(at_least_float32(self.dt_proj(delta_BTR))), B_BTN, C_BTN
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
+        channels, width = self.conv_weight.shape
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        return {
+            "conv": torch.zeros(batch, width - 1, channels, device=device, dtype=dtype),
+            "scan": torch.zeros(batch, *self.A_log.shape, device=device, dtype=state_dtype),
+        }
+
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        u_BC, z_BC = self.in_proj(x_BD).chunk(2, dim=-1)
+        window_BWC = torch.cat([state["conv"], u_BC.unsqueeze(1)], dim=1)
+        u_BC = torch.einsum("bwc,cw->bc", window_BWC, self.conv_weight)
+        u_BC = F.silu(u_BC if self.conv_bias is None else u_BC + self.conv_bias)
+        delta_BC, B_BN, C_BN = self.select(u_BC)
+        decay_BCN = torch.exp(delta_BC.unsqueeze(-1) * self.rates())
+        h_BCN = decay_BCN * state["scan"] + (delta_BC * u_BC).unsqueeze(-1) * B_BN.unsqueeze(1)
+        y_BC = (h_BCN * C_BN.unsqueeze(1)).sum(dim=-1) + self.D * u_BC
+        y_BD = self.out_proj((y_BC * F.silu(z_BC)).to(x_BD.dtype))
+        return y_BD, {"conv": window_BWC[:, 1:], "scan": h_BCN}
+
+    def flops_per_token(self, context: int) -> float:
+        matrices = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        # a state element is decayed (exponent, product), fed (two products, a sum) and read (a product, a sum)
+        scan = 9.0 * self.A_log.numel()
+        return linear_flops(*(matrix.weight for matrix in matrices), self.conv_weight) + scan
+
+    def state_bytes(self, context: int) -> int:
+        channels, width = self.conv_weight.shape
+        dtype = self.conv_weight.dtype
+        scan_itemsize = torch.promote_types(dtype, torch.float32).itemsize
+        return channels * (width - 1) * dtype.itemsize + self.A_log.numel() * scan_itemsize
+
+
+def log_integers(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """log(1), ..., log(N) in every row: S4D-Real's decay rates."""
+    return torch.arange(1, shape[-1] + 1, dtype=torch.float32).log().expand(*shape).clone()
+
+
+def log_uniform_step_sizes(smallest: float, largest: float, floor: float = 1e-4) -> Initialiser:
+    """Biases whose softplus is log-uniform in [smallest, largest], and at least `floor`."""
+
+    def init(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        low, high = math.log(smallest), math.log(largest)
+        step = torch.exp(torch.rand(tuple(shape), generator=generator) * (high - low) + low).clamp(min=floor)
+        return step + torch.log(-torch.expm1(-step))
+
+    return init

@@ -1,0 +1,56 @@
+"""Feed-forward layers without experts: SwiGLU (Shazeer, arXiv 2002.05202) and GELU.
+
+    swiglu: W_down (SiLU(W_gate x) * W_up x)          gelu: W_down GELU(W_up x)
+
+Shapes: B batch, T tokens, D model width, F hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ..kernels import swiglu
+from ..parallel import SequenceShard
+from .feed_forward import FeedForward, FeedForwardOptions
+from .mixers.base import LayerPlace, linear_flops
+from .parameters import Linear, normal
+
+
+class MLPOptions(FeedForwardOptions):
+    """`hidden`: F; by default 4 x width for gelu, and 8/3 x width, rounded up to a multiple of 8, for swiglu."""
+
+    kind: Literal["swiglu", "gelu"] = "swiglu"
+    hidden: int | None = Field(default=None, ge=1)
+    bias: bool = False
+
+    def build(self, place: LayerPlace) -> MLP:
+        return MLP(self, place)
+
+
+class MLP(FeedForward):
+    """`up_proj` holds gate and up, in this order, for swiglu."""
+
+    def __init__(self, options: MLPOptions, place: LayerPlace) -> None:
+        super().__init__()
+        self.gated = options.kind == "swiglu"
+        hidden = options.hidden or default_hidden(place.width, self.gated)
+        out_init = normal(place.init_std / math.sqrt(2 * place.num_layers))
+        self.up_proj = Linear(place.width, hidden * (1 + self.gated), normal(place.init_std), bias=options.bias)
+        self.down_proj = Linear(hidden, place.width, out_init, bias=options.bias)
+
+    def forward(self, x_BTD: Tensor, shard: SequenceShard) -> tuple[Tensor, None]:
+        hidden_BTF = self.up_proj(x_BTD)
+        hidden_BTF = swiglu(*hidden_BTF.chunk(2, dim=-1)) if self.gated else F.gelu(hidden_BTF)
+        return self.down_proj(hidden_BTF), None
+
+    def flops_per_token(self) -> float:
+        return linear_flops(self.up_proj.weight, self.down_proj.weight)
+
+
+def default_hidden(width: int, gated: bool) -> int:
+    return 8 * math.ceil(width / 3) if gated else 4 * width

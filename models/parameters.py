@@ -1,0 +1,173 @@
+"""Parameters that know how they begin, and the few layers that every model is made of.
+
+A module declares a parameter with its shape and an initialiser; nothing is filled in at construction. `initialise`
+then gives every parameter a value that depends on the seed, the parameter's full name and its full shape alone: not
+on the dtype, the device, the order of construction or how the parameter is sharded. So one seed means one model,
+whatever the degrees of parallelism.
+
+Shapes: B batch, T tokens, D features in, F features out, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..kernels import rms_norm
+
+Initialiser = Callable[[Sequence[int], torch.Generator], Tensor]
+"""(full shape, generator) -> float32 values on the CPU."""
+
+
+class ParameterModule(nn.Module):
+    """A module whose parameters are declared with their initialisers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.initialisers: dict[str, Initialiser] = {}
+        self.undecayed: set[str] = set()
+
+    def parameter(
+        self, name: str, shape: Sequence[int], init: Initialiser, *, decay: bool | None = None
+    ) -> nn.Parameter:
+        """Register and return an uninitialised parameter.
+
+        Args:
+            shape: the full shape.
+            init: called by `initialise` with the full shape and a generator of this parameter's own.
+            decay: whether weight decay applies; by default to matrices and not to vectors.
+        """
+        parameter = nn.Parameter(torch.empty(*shape))
+        self.register_parameter(name, parameter)
+        self.initialisers[name] = init
+        if not (len(shape) >= 2 if decay is None else decay):
+            self.undecayed.add(name)
+        return parameter
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Give every parameter of `model` its initial value, in place; sharded parameters receive their part.
+
+    Raises:
+        TypeError: a parameter that no `ParameterModule` declared.
+    """
+    with torch.no_grad():
+        for name, parameter, init in _declared(model):
+            generator = torch.Generator().manual_seed(_seed_for(seed, name))
+            full = init(tuple(parameter.shape), generator)
+            if isinstance(parameter, DTensor):
+                full = full.to(device=parameter.device, dtype=parameter.dtype)
+                part = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.to_local().copy_(part.to_local())
+            else:
+                parameter.copy_(full)
+
+
+def weight_decayed(model: nn.Module) -> set[str]:
+    """Full names of the parameters to which weight decay applies."""
+    names = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, ParameterModule):
+            names |= {_join(prefix, name) for name in module.initialisers if name not in module.undecayed}
+    return names
+
+
+def _declared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Initialiser]]:
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not isinstance(module, ParameterModule) or name not in module.initialisers:
+                raise TypeError(f"parameter {_join(prefix, name)} was not declared through ParameterModule.parameter")
+            yield _join(prefix, name), parameter, module.initialisers[name]
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _seed_for(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") & (2**63 - 1)
+
+
+def constant(value: float) -> Initialiser:
+    return lambda shape, generator: torch.full(tuple(shape), value)
+
+
+def normal(std: float) -> Initialiser:
+    return lambda shape, generator: torch.randn(tuple(shape), generator=generator) * std
+
+
+def uniform(bound: float) -> Initialiser:
+    """Uniform in (-bound, bound)."""
+    return lambda shape, generator: (torch.rand(tuple(shape), generator=generator) * 2 - 1) * bound
+
+
+def fan_in_uniform(scale: float = 1.0) -> Initialiser:
+    """torch.nn.Linear's default, U(-1/sqrt(D), 1/sqrt(D)) with D the last dimension, times `scale`."""
+    return lambda shape, generator: uniform(scale / math.sqrt(shape[-1]))(shape, generator)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half types become float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Linear(ParameterModule):
+    """y = x W' + b. `weight`: (F, D); `bias`: (F,), absent unless asked for, and zero at first unless said."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, init: Initialiser, *, bias: bool = False, bias_init: Initialiser | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = self.parameter("weight", (out_dim, in_dim), init)
+        self.bias = self.parameter("bias", (out_dim,), bias_init or constant(0.0)) if bias else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return F.linear(x_BTD, self.weight, self.bias)
+
+
+class Embedding(ParameterModule):
+    """Rows of `weight` (V, D) by token id, N(0, std) at first."""
+
+    def __init__(self, vocab_size: int, width: int, std: float) -> None:
+        super().__init__()
+        self.weight = self.parameter("weight", (vocab_size, width), normal(std))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, self.weight)
+
+
+class RMSNorm(ParameterModule):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = self.parameter("weight", (width,), constant(1.0))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return rms_norm(x_BTD, self.weight, self.eps)
+
+
+class LayerNorm(ParameterModule):
+    """Zero mean, unit variance over the last dimension, then weight and bias (Ba et al., arXiv 1607.06450)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = self.parameter("weight", (width,), constant(1.0))
+        self.bias = self.parameter("bias", (width,), constant(0.0))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return F.layer_norm(x_BTD, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def make_norm(kind: str, width: int, eps: float) -> RMSNorm | LayerNorm:
+    """`kind`: "rms" or "layer"."""
+    return RMSNorm(width, eps) if kind == "rms" else LayerNorm(width, eps)

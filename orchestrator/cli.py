@@ -1,0 +1,223 @@
+"""The `longstride` command: what can be asked, and how mistakes are answered.
+
+This file only parses and reports. Commands live in `commands`, imported when one is run, so that `--help` does not
+wait for torch. Exit codes: 0 done; 1 a run failed; 2 a mistake in what was asked; 130 interrupted; 143 terminated.
+A mistake is one line on stderr; LONGSTRIDE_TRACEBACK=1 shows where it was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from .failures import EchoOfMistake, RunFailed, Terminated, is_mistake, one_line
+
+MISTAKE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, with the nearest valid name."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"longstride: {message}; see {self.prog} --help\n")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            nearest = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(choices)}"
+            self.error(f"no {action.metavar or action.dest} {value!r}; {hint}")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: `name` is also its function's in `commands`; `add` declares its arguments."""
+
+    name: str
+    summary: str
+    example: str
+    add: Callable[[argparse.ArgumentParser], None]
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the experiment (the shipped ones: configs/)")
+    _add_overrides(parser)
+    _add_address(parser)
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    _add_overrides(parser)
+    _add_address(parser)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument("--tokens", type=int, metavar="N", help="how many tokens to add")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token each time")
+    parser.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest; 0: among all")
+    parser.add_argument("--top-p", type=float, metavar="X", help="sample among the likeliest that sum to X")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the random choices")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    _add_overrides(parser)
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--directory", default="runs", metavar="URL", help="where the runs are: a path or URL (default: runs)"
+    )
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--verify", action="store_true", help="read every byte and compare with its checksum")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's directory (path or URL), or its name below runs/")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="settings put over the file's: train.steps=100 data.batch=8",
+    )
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="Ray cluster to join; 'auto': the one on this machine (default: RAY_ADDRESS, else one is started here)",
+    )
+
+
+COMMANDS = (
+    Command(
+        "train",
+        "train a model, its sequences split over the workers",
+        "longstride train configs/quickstart.yaml train.steps=200 parallel.sequence=2",
+        _add_train,
+    ),
+    Command(
+        "resume",
+        "continue a run from its last complete checkpoint",
+        "longstride resume runs/quickstart-20261122-101500 train.steps=400",
+        _add_resume,
+    ),
+    Command(
+        "generate",
+        "continue a prompt, one token at a time in constant memory",
+        "longstride generate runs/quickstart-20261122-101500 --prompt 'def ' --tokens 200",
+        _add_generate,
+    ),
+    Command(
+        "evaluate",
+        "measure the loss on held-out sequences",
+        "longstride evaluate runs/quickstart-20261122-101500 data.context=32768",
+        _add_evaluate,
+    ),
+    Command("runs", "list runs: state, step, loss, context", "longstride runs --directory runs", _add_runs),
+    Command(
+        "checkpoints",
+        "list a run's checkpoints, whole or broken",
+        "longstride checkpoints runs/quickstart-20261122-101500 --verify",
+        _add_checkpoints,
+    ),
+)
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(
+        prog="longstride",
+        description="Trains long-context hybrid sequence models with every sequence split along its length.",
+        epilog="Try it: longstride train configs/quickstart.yaml\nMore on a command: longstride COMMAND --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name,
+            help=command.summary,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+            epilog=f"Example:\n  {command.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add(subparser)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parsed arguments. Overrides may stand before or after options, which argparse alone does not allow."""
+    parser = build_parser()
+    namespace, rest = parser.parse_known_args(arguments)
+    if namespace.command is None:
+        return namespace
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(namespace, "overrides")]
+    if unknown:
+        parser.error(f"{namespace.command} does not understand {' '.join(unknown)}")
+    if hasattr(namespace, "overrides"):
+        namespace.overrides = [*namespace.overrides, *rest]
+    return namespace
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    namespace = parse(sys.argv[1:] if arguments is None else arguments)
+    if namespace.version:
+        from importlib.metadata import version
+
+        print(f"longstride {version('longstride')}")
+        return 0
+    if namespace.command is None:
+        build_parser().print_help()
+        return 0
+    try:
+        from . import commands
+
+        return getattr(commands, namespace.command)(namespace)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except EchoOfMistake:
+        return MISTAKE
+    except RunFailed as failure:
+        return _report(failure, FAILED, failure.details)
+    except KeyboardInterrupt as interrupt:
+        return _report(interrupt, INTERRUPTED, default="interrupted")
+    except Terminated as signal:
+        return _report(signal, TERMINATED, default="terminated")
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        return _report(error, MISTAKE)
+
+
+def _report(error: BaseException, code: int, details: str = "", default: str = "") -> int:
+    """One line on stderr; with LONGSTRIDE_TRACEBACK=1 the traceback before it."""
+    if os.environ.get("LONGSTRIDE_TRACEBACK"):
+        print(details or "".join(traceback.format_exception(error)), file=sys.stderr)
+    print(f"longstride: {one_line(error) if str(error) else default}", file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

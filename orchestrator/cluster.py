@@ -1,0 +1,270 @@
+"""Starts a Ray cluster on this machine, or joins one, and reserves the workers' places on it.
+
+A local cluster listens behind a token of its own, keeps its files in a temporary directory that goes with it, starts
+no dashboard, and lives on a loopback address where the system has one to spare, so that a laptop that changes
+networks does not lose its workers. It is never found by, and never finds, another Ray on the same machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray.exceptions import AuthenticationError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from .failures import RunFailed
+from .stopping import undisturbed
+
+# Ray rewrites 127.0.0.1 to the host's own address and then waits for itself; its neighbours stay as they are.
+LOOPBACK = "127.0.0.2"
+# Records and settings are all that goes through Ray's object store. 75 MiB is the least Ray accepts.
+OBJECT_STORE_BYTES = 100 * 2**20
+# On a CPU more workers than cores only run slower. Beyond this many a core it is taken for a slip.
+WORKERS_PER_CORE = 4
+PLACEMENT_SECONDS = 60.0
+CONNECT_SECONDS = 10.0
+REMOVE_SECONDS = 5.0
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster has in all, busy or not."""
+
+    nodes: int
+    cpus: int
+    gpus: int
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes} node{'s' if self.nodes != 1 else ''}"
+        return f"{self.cpus} CPUs and {self.gpus} GPUs on {nodes}"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Places for the workers, by rank: `bundles[rank]` of `group`, on the node with address `addresses[rank]`."""
+
+    group: PlacementGroup
+    bundles: tuple[int, ...]
+    addresses: tuple[str, ...]
+    device: Device
+
+    @property
+    def one_node(self) -> bool:
+        return len(set(self.addresses)) == 1
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster this process is connected to. `local`: it was started by, and ends with, this process."""
+
+    local: bool
+
+    @property
+    def address(self) -> str:
+        """This node's address as the others see it."""
+        return ray.util.get_node_ip_address()
+
+    def resources(self) -> Resources:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus, gpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("CPU", "GPU"))
+        return Resources(len(nodes), cpus, gpus)
+
+    def device(self, workers: int) -> Device:
+        """A GPU for every worker, or a CPU for every worker where there are no GPUs.
+
+        This machine's CPU also serves when its GPUs are too few: a newcomer with one GPU can run every example.
+        Raises ValueError, with the resources there are, when the cluster could never hold `workers`.
+        """
+        there = self.resources()
+        if there.gpus >= workers:
+            return "cuda"
+        if there.gpus and not self.local:
+            raise ValueError(
+                f"workers={workers} want a GPU each, and Ray has {there}: use workers={there.gpus} or fewer"
+            )
+        if workers > there.cpus:
+            cores = f" (every core counted {WORKERS_PER_CORE} times)" if self.local else ""
+            raise ValueError(
+                f"workers={workers} want a CPU each, and Ray has {there}{cores}: use workers={there.cpus} or fewer"
+            )
+        return "cpu"
+
+    @contextlib.contextmanager
+    def place(self, workers: int, timeout: float = PLACEMENT_SECONDS) -> Iterator[Placement]:
+        """Reserves a place for every worker, as few nodes as possible, and gives them back on leaving.
+
+        Raises ValueError when the cluster is too small and RunFailed when it stays too busy for `timeout` seconds.
+        """
+        device = self.device(workers)
+        bundle = {"CPU": 1.0} if device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+        group = placement_group([bundle] * workers, strategy="PACK")
+        try:
+            if not group.wait(timeout):
+                free = ray.available_resources()
+                raise RunFailed(
+                    f"no room for {workers} workers within {timeout:.0f} s: Ray has {self.resources()}, of which "
+                    f"{free.get('CPU', 0):.0f} CPUs and {free.get('GPU', 0):.0f} GPUs are free"
+                )
+            yield _in_rank_order(group, device)
+        finally:
+            if ray.is_initialized():
+                remove_placement_group(group)
+
+
+def _in_rank_order(group: PlacementGroup, device: Device) -> Placement:
+    """Neighbouring ranks on the same node: Ray packs nodes, but numbers bundles as it likes."""
+    address_of = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    node_of: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    order = sorted(node_of, key=lambda bundle: (node_of[bundle], bundle))
+    return Placement(group, tuple(order), tuple(address_of[node_of[bundle]] for bundle in order), device)
+
+
+@contextlib.contextmanager
+def open_cluster(address: str | None = None) -> Iterator[Cluster]:
+    """Connects to the cluster at `address` ("host:port", or "auto" for the one on this machine), or starts one.
+
+    None means RAY_ADDRESS if that is set, else a cluster on this machine that ends with the `with` block.
+    Raises ValueError when there is no cluster at the address or it does not let us in.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    with _join(address) if address not in (None, "local") else _start() as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def _start() -> Iterator[Cluster]:
+    directory = tempfile.mkdtemp(prefix="longstride-ray-", dir=_short_temporary_directory())
+    # Ray turns token authentication on by itself where the mode is not set, and takes the token that is there.
+    ours = {"RAY_AUTH_TOKEN": _token(), "RAY_AUTH_TOKEN_PATH": None, "RAY_AUTH_MODE": None, "RAY_ADDRESS": None}
+    try:
+        with _environment(ours):
+            ray.init(
+                address="local",
+                num_cpus=WORKERS_PER_CORE * (os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address=_loopback(),
+                _temp_dir=directory,
+                **_QUIET,
+            )
+            _silence()
+            try:
+                yield Cluster(local=True)
+            finally:
+                with undisturbed():
+                    ray.shutdown()
+    finally:
+        with undisturbed():
+            _remove(directory)
+
+
+@contextlib.contextmanager
+def _join(address: str) -> Iterator[Cluster]:
+    if "://" in address:
+        raise ValueError(
+            f"{address} is not the address of a cluster's head (host:port): give that, from a node of the cluster"
+        )
+    if address != "auto":
+        _check_reachable(address)
+    # A token that is there is used; Ray itself leaves it aside when the address is given.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        ray.init(address=address, **_QUIET)
+    except AuthenticationError:
+        raise ValueError(
+            f"the Ray cluster at {address} refuses our token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+            "RAY_AUTH_TOKEN_PATH) to the cluster's own"
+        ) from None
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(f"no Ray cluster could be joined at {address}: {' '.join(str(error).split())}") from error
+    _silence()
+    try:
+        yield Cluster(local=False)
+    finally:
+        with undisturbed():
+            ray.shutdown()
+
+
+_QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+
+
+def _silence() -> None:
+    """Keeps from our output what Ray prints about workers: ids and advice on its own logs, beside our one line."""
+    driver: Any = sys.modules["ray._private.worker"]
+    if hasattr(driver, "print_to_stdstream"):
+        driver.print_to_stdstream = lambda data, ignore_prefix: logging.getLogger("ray").debug(data)
+
+
+def _remove(directory: str) -> None:
+    """Removes Ray's files; its last processes write for a moment longer."""
+    deadline = time.monotonic() + REMOVE_SECONDS
+    while Path(directory).exists() and time.monotonic() < deadline:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.1)
+
+
+@functools.cache
+def _token() -> str:
+    """One token for all local clusters of this process: Ray reads it once."""
+    return secrets.token_hex(32)
+
+
+def _loopback() -> str | None:
+    try:
+        with socket.create_server((LOOPBACK, 0)):
+            return LOOPBACK
+    except OSError:
+        return None
+
+
+def _short_temporary_directory() -> str | None:
+    """Ray's sockets live below it, and their paths may have 107 characters, of which Ray needs about 75."""
+    default = tempfile.gettempdir()
+    return default if len(default) <= 16 else ("/tmp" if os.access("/tmp", os.W_OK) else default)
+
+
+def _check_reachable(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"the Ray address {address!r} is not of the form host:port, such as 10.0.0.5:6379, nor 'auto'")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"no Ray cluster answers at {address}: {reason.lower()}") from None
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str | None]) -> Iterator[None]:
+    """Sets (None: unsets) environment variables for the processes started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    _set_environment(values)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -1,0 +1,156 @@
+"""What each command does. Every function takes the parsed arguments and returns the exit code."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+
+from ..data import Corpus
+from ..workers import Experiment, RunDirectory, find_run, list_runs
+from ..workers.configuration import validate
+from ..workers.evaluate import evaluate as measure
+from ..workers.evaluate import load_run
+from ..workers.generate import SampleConfig, continuation, prompt_tokens
+from ..workers.manifest import list_checkpoints
+from ..workers.metrics import StepRecord, read_records
+from .launch import go_on, start
+from .tables import amount_of_bytes, columns
+
+# A run whose last step is longer ago than this many of its steps, and these seconds, is not taken to be running.
+IDLE_STEPS, IDLE_SECONDS = 20, 120.0
+# UTF-8 needs at most four bytes a character: more are not waited for.
+LONGEST_CHARACTER = 4
+
+
+def train(arguments: Namespace) -> int:
+    return start(arguments.config, _checked(arguments.overrides), arguments.address)
+
+
+def resume(arguments: Namespace) -> int:
+    return go_on(arguments.run, _checked(arguments.overrides), arguments.address)
+
+
+def generate(arguments: Namespace) -> int:
+    run = find_run(arguments.run)
+    experiment = Experiment.resume(run)
+    chosen = {name: getattr(arguments, name) for name in SampleConfig.model_fields}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    config = validate(SampleConfig, experiment.sample.model_dump() | given)
+    trained = load_run(run, experiment)
+    _note(trained.notes)
+    prompt = prompt_tokens(trained.corpus, config.prompt)
+    print(trained.corpus.decode(prompt), end="", flush=True)
+    for text in _pieces(trained.corpus, continuation(trained.model, prompt, config)):
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+def evaluate(arguments: Namespace) -> int:
+    run = find_run(arguments.run)
+    experiment = Experiment.resume(run, _checked(arguments.overrides))
+    trained = load_run(run, experiment)
+    _note(trained.notes)
+    result = measure(trained, experiment, _progress)
+    print(f"step               {result.step}")
+    print(f"held-out tokens    {result.tokens:,} in {result.sequences} sequences of {result.context:,}")
+    print(f"loss               {result.loss:.4f} nats per token")
+    print(f"                   {result.bits:.4f} bits per token")
+    print(f"perplexity         {result.perplexity:.3f}")
+    return 0
+
+
+def runs(arguments: Namespace) -> int:
+    found = list_runs(arguments.directory)
+    if not found:
+        print(f"no runs in {arguments.directory}")
+        return 0
+    print(columns(("RUN", "STATE", "STEP", "LOSS", "VALIDATION", "CONTEXT", "CREATED"), [_row(run) for run in found]))
+    return 0
+
+
+def checkpoints(arguments: Namespace) -> int:
+    """Exit code 1 when one of them is broken: scripts can ask."""
+    run = find_run(arguments.run)
+    rows: list[tuple[str, ...]] = []
+    broken = False
+    for checkpoint in list_checkpoints(run):
+        try:
+            manifest = checkpoint.read_manifest()
+        except ValueError as error:
+            rows.append((checkpoint.name, "-", "-", "-", f"broken: {error}"))
+            broken = True
+            continue
+        problems = checkpoint.problems() if arguments.verify else []
+        broken |= bool(problems)
+        state = f"broken: {problems[0]}" if problems else ("whole, verified" if arguments.verify else "whole")
+        size = amount_of_bytes(sum(int(file["bytes"]) for file in manifest.files.values()))
+        rows.append((checkpoint.name, manifest.created, str(manifest.world_size), size, state))
+    if not rows:
+        print(f"{run.name} has no checkpoints")
+        return 0
+    print(columns(("CHECKPOINT", "WRITTEN", "WORKERS", "SIZE", "STATE"), rows))
+    return 1 if broken else 0
+
+
+def _row(run: RunDirectory) -> tuple[str, ...]:
+    """A line of `longstride runs`; a run whose files cannot be read says so instead of hiding the others."""
+    try:
+        experiment = Experiment.resume(run)
+        created = str(run.read_info().get("created", "-"))
+    except ValueError as error:
+        return (run.name, f"unreadable: {error}", "-", "-", "-", "-", "-")
+    records = list(read_records(run.storage))
+    validations = [record.validation_loss for record in records if record.validation_loss is not None]
+    last = records[-1] if records else None
+    return (
+        run.name,
+        _state(last, experiment.train.steps, time.time()),
+        f"{last.step if last else 0}/{experiment.train.steps}",
+        f"{last.loss:.4f}" if last else "-",
+        f"{validations[-1]:.4f}" if validations else "-",
+        f"{experiment.data.context:,}",
+        created,
+    )
+
+
+def _state(last: StepRecord | None, steps: int, now: float) -> str:
+    """finished; running, as far as its last step lets one think; or stopped."""
+    if last is None:
+        return "not started"
+    if last.step >= steps:
+        return "finished"
+    return "running" if now - last.time < max(IDLE_SECONDS, IDLE_STEPS * last.seconds) else "stopped"
+
+
+def _pieces(corpus: Corpus, tokens: Iterator[int]) -> Iterator[str]:
+    """Text as its tokens come, never half a character."""
+    waiting: list[int] = []
+    for token in tokens:
+        waiting.append(token)
+        text = corpus.decode(waiting)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(waiting) >= LONGEST_CHARACTER:
+            yield text
+            waiting = []
+    if waiting:
+        yield corpus.decode(waiting)
+
+
+def _checked(overrides: list[str]) -> list[str]:
+    """ValueError for words that are no override, before a file is read."""
+    for word in overrides:
+        if "=" not in word:
+            raise ValueError(f"{word!r} is not a setting: write key=value, such as train.steps=100")
+    return overrides
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total} batches" + ("\r\033[K" if done == total else ""), end="", file=sys.stderr, flush=True)
+
+
+def _note(notes: list[str]) -> None:
+    for line in notes:
+        print(f"note: {line}", file=sys.stderr)

@@ -1,0 +1,104 @@
+"""What can stop a run, in words for the person who started it.
+
+A mistake of the user's is a ValueError (or an OSError that names a file) and ends with exit code 2. A run that
+began and could not go on is a `RunFailed`, exit code 1. Anything else is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+# A rank that loses a neighbour fails in its next collective. These words mark such an echo of somebody else's fault.
+_ECHOES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "tcpstore", "socket", "recvvalue")
+_ECHO_TYPES = ("DistNetworkError", "DistStoreError", "DistBackendError", "DistError")
+# Errors of `workers` whose message is for the user as it stands.
+_SAY_IT_ALL = ("TrainingError", "CheckpointError")
+
+
+class RunFailed(Exception):
+    """A run that started and could not go on. The message is one line: the cause; `details` may hold a traceback."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt no `except Exception` may swallow it."""
+
+
+class EchoOfMistake(Exception):
+    """The first of several processes has reported a mistake already; this one ends in silence."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why one worker stopped.
+
+    Attributes:
+        rank: the worker.
+        kind: name of the exception's type, or "died" when the process ended without one.
+        message: one line.
+        traceback: the worker's own, empty when it died.
+        mistake: True when the user can put it right (bad settings, missing files).
+    """
+
+    rank: int
+    kind: str
+    message: str
+    traceback: str = ""
+    mistake: bool = False
+
+    @classmethod
+    def from_exception(cls, rank: int, error: BaseException, traceback: str) -> Fault:
+        return cls(rank, type(error).__name__, one_line(error), traceback, is_mistake(error))
+
+    @property
+    def echo(self) -> bool:
+        """Whether this is only the consequence of another worker's fault."""
+        if self.kind == "died":
+            return False
+        text = self.message.lower()
+        return self.kind in _ECHO_TYPES or (self.kind == "RuntimeError" and any(word in text for word in _ECHOES))
+
+
+def root_cause(faults: list[Fault]) -> Fault:
+    """The fault the others follow from: a death first, then the earliest that is no echo, then the earliest."""
+    deaths = [fault for fault in faults if fault.kind == "died"]
+    own = [fault for fault in faults if not fault.echo]
+    return (deaths or own or faults)[0]
+
+
+def raise_fault(faults: list[Fault], places: list[str]) -> NoReturn:
+    """Raises what the faults of one attempt come down to: ValueError for a mistake, RunFailed otherwise.
+
+    `places[rank]` says where the worker ran.
+    """
+    cause = root_cause(faults)
+    if cause.mistake:
+        raise ValueError(cause.message)
+    where = f"worker {cause.rank} ({places[cause.rank]})"
+    if cause.kind == "died":
+        raise RunFailed(f"{where} {cause.message}", cause.traceback)
+    raise failure(cause.kind, cause.message, cause.traceback, where)
+
+
+def failure(kind: str, message: str, traceback: str, where: str = "") -> RunFailed:
+    """For an exception that stopped a run: those meant for the user stand as they are, others are named and placed."""
+    if kind in _SAY_IT_ALL:
+        return RunFailed(message)
+    place = f"{where} failed: " if where else ""
+    return RunFailed(f"{place}{kind}: {message}", traceback)
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether the error is one that the user can put right."""
+    return isinstance(error, ValueError) or (isinstance(error, OSError) and error.filename is not None)
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message without line breaks; a file's name first for the operating system's errors."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return " ".join(str(error).split()) or type(error).__name__

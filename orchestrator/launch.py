@@ -1,0 +1,87 @@
+"""Runs a training in the way that fits: in this process alone, as one of torchrun's, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable
+
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+
+from ..workers import Reporter, Summary, train_process
+from ..workers.display import Display
+from . import launcher
+from .failures import failure, is_mistake, one_line
+from .preparation import Prepared, guarded, new_run, old_run
+from .stopping import StopRequest, stoppable, terminable
+
+
+def start(config: str, overrides: list[str], address: str | None) -> int:
+    """Makes a run of the config and trains it; the exit code: 0 when finished, the signal's when asked to stop.
+
+    Raises ValueError for a mistake and RunFailed for a run that could not go on, with what to do next as a note.
+    """
+    words = launcher.with_workers(overrides) if launcher.present() else overrides
+    return _launch(lambda: new_run(config, words), address)
+
+
+def go_on(run: str, overrides: list[str], address: str | None) -> int:
+    """Continues a run, given by its path, URL or name, from its last whole checkpoint. Else like `start`."""
+    words = launcher.with_workers(overrides) if launcher.present() else overrides
+    return _launch(lambda: old_run(run, words), address)
+
+
+def _launch(prepare: Callable[[], Prepared], address: str | None) -> int:
+    stop = StopRequest()
+    if launcher.present():
+        prepared, store = launcher.meet(prepare)
+    else:
+        prepared, store = prepare(), None
+    display = Display() if launcher.rank() == 0 else None
+    with guarded(prepared) if display else contextlib.nullcontext():
+        try:
+            if store is not None or (prepared.experiment.workers == 1 and address is None):
+                summary = run_here(prepared, store, display, stop)
+            else:
+                assert display is not None
+                summary = run_on_ray(prepared, display, stop, address)
+        finally:
+            if display:
+                display.close()
+    finished = summary.finished if summary else not stop.event.is_set()
+    return 0 if finished else stop.exit_code
+
+
+def run_here(prepared: Prepared, store: Store | None, reporter: Reporter | None, stop: StopRequest) -> Summary | None:
+    """Trains in this process: alone, or as a rank whose fellows it meets through `store`."""
+    rank, workers = launcher.rank(), prepared.experiment.workers
+    try:
+        with stoppable(stop):
+            return train_process(
+                prepared.experiment,
+                rank,
+                workers,
+                run=prepared.run.url,
+                store=store,
+                reporter=reporter,
+                resume=prepared.resume,
+                stop=stop.event,
+            )
+    except Exception as error:
+        if is_mistake(error):
+            raise
+        where = f"worker {rank}" if workers > 1 else ""
+        raise failure(type(error).__name__, one_line(error), traceback.format_exc(), where) from error
+
+
+def run_on_ray(prepared: Prepared, reporter: Reporter, stop: StopRequest, address: str | None) -> Summary:
+    """Trains with one Ray actor for every worker, on the cluster at `address` or on one that is started here."""
+    from . import attempt, cluster, rendezvous
+
+    workers = prepared.experiment.workers
+    with cluster.open_cluster(address) as ray_cluster, terminable():
+        own_address = "127.0.0.1" if ray_cluster.local else ray_cluster.address
+        with ray_cluster.place(workers) as placement, rendezvous.host(own_address) as meeting:
+            if placement.device == "cpu" and ray_cluster.resources().gpus:
+                reporter.noted(f"on the CPU, because {workers} workers want a GPU each and there are fewer")
+            return attempt.run_attempt(prepared, placement, meeting, reporter, stop)

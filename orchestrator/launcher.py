@@ -1,0 +1,59 @@
+"""Being one of the processes that torchrun, or a launcher like it, has started.
+
+The first process makes or reopens the run and tells the others where it is; they read the rest from there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
+
+from ..workers import Experiment, RunDirectory
+from .failures import EchoOfMistake
+from .preparation import Prepared
+
+_RUN_KEY = "longstride/run"
+
+
+def present() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    """This process's number; 0 without a launcher."""
+    return int(os.environ["RANK"]) if present() else 0
+
+
+def with_workers(overrides: list[str]) -> list[str]:
+    """`overrides` with `workers` as launched. ValueError when the user asked for another number."""
+    launched = os.environ["WORLD_SIZE"]
+    asked = [text.partition("=")[2].strip() for text in overrides if text.partition("=")[0].strip() == "workers"]
+    if asked and asked[-1] != launched:
+        raise ValueError(f"workers={asked[-1]}, but the launcher started {launched} processes: make them agree")
+    return [*overrides, f"workers={launched}"]
+
+
+def meet(prepare: Callable[[], Prepared]) -> tuple[Prepared, Store]:
+    """What the first process prepared, on all of them, and a store for their process group.
+
+    When `prepare` fails, its error is raised on the first process and EchoOfMistake on the others.
+    """
+    store, own_rank, _ = next(iter(rendezvous("env://")))
+    if own_rank == 0:
+        try:
+            prepared = prepare()
+        except BaseException:
+            store.set(_RUN_KEY, "")
+            raise
+        store.set(_RUN_KEY, f"{int(prepared.resume)} {prepared.run.url}")
+    else:
+        resume, _, url = store.get(_RUN_KEY).decode().partition(" ")
+        if not url:
+            raise EchoOfMistake
+        run = RunDirectory(url)
+        prepared = Prepared(Experiment.resume(run), run, resume == "1", "")
+    return prepared, PrefixStore("training", store)

@@ -1,0 +1,79 @@
+"""What is checked and made before any worker starts, and taken back when none comes to train."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..workers import Experiment, RunDirectory, create_run, find_run, reopen_run
+from ..workers.display import command
+from ..workers.manifest import list_checkpoints
+from .failures import RunFailed, is_mistake
+
+FAILURE_FILE = "failure.txt"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked experiment whose run directory exists.
+
+    Attributes:
+        resume: the run goes on from its last whole checkpoint.
+        before: the text of experiment.yaml before this launch; empty for a new run.
+    """
+
+    experiment: Experiment
+    run: RunDirectory
+    resume: bool
+    before: str
+
+
+def new_run(config: str, overrides: list[str]) -> Prepared:
+    """A new run of the config. ValueError of one line."""
+    experiment = Experiment.load(config, overrides)
+    return Prepared(experiment, create_run(experiment), False, "")
+
+
+def old_run(name: str, overrides: list[str]) -> Prepared:
+    """A run that goes on, given by its path, URL or name. ValueError of one line."""
+    run = find_run(name)
+    before = run.read_experiment()
+    return Prepared(reopen_run(run, overrides), run, True, before)
+
+
+@contextlib.contextmanager
+def guarded(prepared: Prepared) -> Iterator[None]:
+    """Adds to an error what the user can do next, or undoes the preparation if training had not begun."""
+    starts = _starts(prepared.run)
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, RunFailed) and error.details:
+            prepared.run.storage.write_text(FAILURE_FILE, error.details.rstrip() + "\n")
+            error.add_note(f"details:  {prepared.run.url}/{FAILURE_FILE}")
+        elif _starts(prepared.run) == starts:
+            _undo(prepared)
+            raise
+        if not is_mistake(error):
+            error.add_note(_how_to_continue(prepared.run))
+        raise
+
+
+def _starts(run: RunDirectory) -> int:
+    """How often training has begun."""
+    return len(run.read_info().get("starts", []))
+
+
+def _undo(prepared: Prepared) -> None:
+    if prepared.resume:
+        prepared.run.write_experiment(prepared.before)
+    else:
+        prepared.run.storage.remove("")
+
+
+def _how_to_continue(run: RunDirectory) -> str:
+    committed = [checkpoint for checkpoint in list_checkpoints(run) if checkpoint.committed]
+    if committed:
+        return f"continue: {command('longstride', 'resume', run.url)}   (from step {committed[-1].step})"
+    return "there is no checkpoint to continue from yet; checkpoint.every=STEPS writes them"

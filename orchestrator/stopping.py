@@ -1,0 +1,76 @@
+"""Ctrl-C and SIGTERM during a run: the first asks for an end after the step at hand, with a checkpoint; the next ends it.
+
+Launchers pass a terminal's Ctrl-C on to processes that had it already, so an echo within a moment does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from .failures import Terminated
+
+ECHO_SECONDS = 1.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Whether, and by which signal, the run was asked to stop. `event` is set once it was."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.signal: int | None = None
+        self._since = 0.0
+
+    def receive(self, number: int, _frame: FrameType | None = None) -> None:
+        """Handles a signal: notes the first, raises KeyboardInterrupt or Terminated for the second."""
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+            self.event.set()
+        elif time.monotonic() - self._since > ECHO_SECONDS:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended."""
+        return 128 + (self.signal or 0)
+
+
+@contextlib.contextmanager
+def stoppable(request: StopRequest) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM go to `request`."""
+    before = [signal.signal(number, request.receive) for number in _SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated at once, so that everything is put away as after Ctrl-C."""
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM are ignored: putting things away takes a second or two and should be whole."""
+    before = [signal.signal(number, signal.SIG_IGN) for number in _SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(_SIGNALS, before, strict=True):
+            signal.signal(number, handler)

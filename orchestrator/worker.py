@@ -1,0 +1,92 @@
+"""The Ray actor that is one process of a run: a thin shell around `workers.train_process`.
+
+Its main method trains for as long as the run lasts. A second group of threads answers meanwhile: who the worker is,
+what it has to report, and that it should stop.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import traceback
+from dataclasses import dataclass
+
+import ray
+
+from ..workers import Experiment, Summary, train_process
+from .failures import Fault
+from .records import Outbox, OutboxReporter, Report
+from .rendezvous import Rendezvous
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker is to do.
+
+    Attributes:
+        run: the run directory's URL; it exists.
+        resume: go on from the last whole checkpoint.
+        device: "cpu" or "cuda".
+        neighbours: workers on this node, itself included; they share its cores.
+        interface: the network interface gloo is to use; None leaves it the choice.
+    """
+
+    experiment: Experiment
+    run: str
+    resume: bool
+    rank: int
+    world_size: int
+    device: str
+    neighbours: int
+    rendezvous: Rendezvous
+    interface: str | None
+
+
+class Worker:
+    """One process of a run."""
+
+    def __init__(self) -> None:
+        self._outbox = Outbox()
+        self._stop = threading.Event()
+
+    def train(self, assignment: Assignment) -> Summary | Fault | None:
+        """Trains to the end. Rank 0 returns the run's summary, others None; a Fault is what ended it early.
+
+        Faults are returned, not raised: they arrive whole, whatever the exception held.
+        """
+        rank = assignment.rank
+        try:
+            if assignment.interface:
+                os.environ["GLOO_SOCKET_IFNAME"] = assignment.interface
+            return train_process(
+                assignment.experiment,
+                rank,
+                assignment.world_size,
+                run=assignment.run,
+                store=assignment.rendezvous.connect(),
+                device=assignment.device,
+                threads=max(1, len(os.sched_getaffinity(0)) // assignment.neighbours),
+                reporter=OutboxReporter(self._outbox),
+                resume=assignment.resume,
+                stop=self._stop,
+            )
+        except Exception as error:
+            return Fault.from_exception(rank, error, traceback.format_exc())
+        finally:
+            self._outbox.close()
+
+    @ray.method(concurrency_group="control")
+    def place(self) -> str:
+        """Who this is: process id and host."""
+        return f"process {os.getpid()} on {socket.gethostname()}"
+
+    @ray.method(concurrency_group="control")
+    def reports(self, after: int, wait: float) -> list[Report]:
+        """See `Outbox.take`."""
+        return self._outbox.take(after, wait)
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """Asks for an end after the step at hand, with a checkpoint; one worker's wish is everybody's."""
+        self._stop.set()

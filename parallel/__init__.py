@@ -1,0 +1,47 @@
+"""How work is split: sequence shards, the motions between them, the mesh of processes, sharded parameters."""
+
+from .attention import causal_attention
+from .collectives import CommunicationError
+from .convolution import Filter, FiniteFilter, convolve
+from .experts import run_experts
+from .fsdp import clip_gradients, local_part, shard_model
+from .halo import halo
+from .ledger import CommunicationLedger, LedgerRow
+from .mesh import Degrees, Mesh, MeshConfig
+from .prefix import PendingState, begin_prefix_state, prefix_state
+from .reduce import global_sum
+from .reshard import reshard
+from .shard import Link, SequenceShard, Strategies
+from .transitions import Constant, Dense, LogSpace, PerChannel, PerHead, Transition
+
+__all__ = [
+    "CommunicationError",
+    "CommunicationLedger",
+    "Constant",
+    "Degrees",
+    "Dense",
+    "Filter",
+    "FiniteFilter",
+    "LedgerRow",
+    "Link",
+    "LogSpace",
+    "Mesh",
+    "MeshConfig",
+    "PendingState",
+    "PerChannel",
+    "PerHead",
+    "SequenceShard",
+    "Strategies",
+    "Transition",
+    "begin_prefix_state",
+    "causal_attention",
+    "clip_gradients",
+    "convolve",
+    "global_sum",
+    "halo",
+    "local_part",
+    "prefix_state",
+    "reshard",
+    "run_experts",
+    "shard_model",
+]

@@ -1,0 +1,185 @@
+"""The only file that moves tensors between processes: a thin, counted layer over torch.distributed.
+
+Everything here is plain data movement without gradients; the motions (`halo`, `reshard`, `prefix_state`, ...)
+build their forward and backward from it. All messages are asynchronous: a call returns at once with a `Pending`,
+whose `wait` blocks (and counts the seconds).
+
+Neighbour messages are sent as an uneven all-to-all in which most parts are empty: backends skip empty parts, no
+order of sends and receives can deadlock, and under gloo it is ten times faster than send/recv.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .shard import SequenceShard
+
+Result = TypeVar("Result")
+
+
+class CommunicationError(RuntimeError):
+    """A peer died, hung beyond the process group's timeout, or broke the connection."""
+
+
+@dataclass
+class Pending(Generic[Result]):
+    """A message under way; `wait` returns what arrived."""
+
+    work: dist.Work | None
+    finish: Callable[[], Result]
+    shard: SequenceShard
+    motion: str
+
+    def wait(self) -> Result:
+        """Block until the message has arrived; the seconds are counted as waiting."""
+        if self.work is not None:
+            begun = time.perf_counter()
+            try:
+                with self.shard.ledger.waiting(self.motion, self.shard.layer):
+                    self.work.wait()
+            except RuntimeError as error:
+                waited = time.perf_counter() - begun
+                raise CommunicationError(
+                    f"{self.motion} in layer {self.shard.layer or '?'}: rank {self.shard.rank} of {self.shard.size} "
+                    f"lost its peers after waiting {waited:.1f} s: {str(error).splitlines()[0]}"
+                ) from error
+        return self.finish()
+
+
+def exchange(
+    parts: Sequence[Tensor], receive_shapes: Sequence[Sequence[int]], shard: SequenceShard, motion: str
+) -> Pending[list[Tensor]]:
+    """Send `parts[p]` to process p of the sequence group and receive a tensor of `receive_shapes[p]` from each.
+
+    Parts may be empty and of different shapes; all share dtype and device. A process's part for itself is handed
+    over without being counted.
+    """
+    return exchange_in(shard.group, parts, receive_shapes, shard, motion)
+
+
+def exchange_in(
+    group: dist.ProcessGroup | None,
+    parts: Sequence[Tensor],
+    receive_shapes: Sequence[Sequence[int]],
+    shard: SequenceShard,
+    motion: str,
+) -> Pending[list[Tensor]]:
+    """`exchange` over any group (the expert group, say)."""
+    if group is None:
+        return Pending(None, lambda: [parts[0]], shard, motion)
+    me = dist.get_rank(group)
+    send_sizes = [part.numel() for part in parts]
+    receive_sizes = [torch.Size(shape).numel() for shape in receive_shapes]
+    if shard.checked:
+        verify_exchange(group, parts[0].dtype, send_sizes, receive_sizes, motion)
+    outgoing = torch.cat([part.reshape(-1) for part in parts])
+    incoming = outgoing.new_empty(sum(receive_sizes))
+    width = outgoing.element_size()
+    shard.ledger.record(
+        motion,
+        shard.layer,
+        sent=width * (sum(send_sizes) - send_sizes[me]),
+        received=width * (sum(receive_sizes) - receive_sizes[me]),
+    )
+    work = dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes, group=group, async_op=True)
+
+    def finish() -> list[Tensor]:
+        assert outgoing is not None  # kept alive until the message has left
+        pieces = incoming.split(receive_sizes)
+        return [piece.view(*shape) for piece, shape in zip(pieces, receive_shapes, strict=True)]
+
+    return Pending(work, finish, shard, motion)
+
+
+def gather(x: Tensor, shard: SequenceShard, motion: str) -> Pending[Tensor]:
+    """All processes' tensors of the same shape, stacked in rank order: (P, *x.shape)."""
+    if shard.group is None:
+        return Pending(None, lambda: x.unsqueeze(0), shard, motion)
+    if shard.checked:
+        sizes = [x.numel()] * shard.size
+        verify_exchange(shard.group, x.dtype, sizes, sizes, motion)
+    source = x.reshape(-1)
+    gathered = source.new_empty(shard.size * source.numel())
+    others = source.numel() * source.element_size() * (shard.size - 1)
+    shard.ledger.record(motion, shard.layer, sent=others, received=others)
+    work = dist.all_gather_single(gathered, source, group=shard.group, async_op=True)
+    return Pending(work, lambda: gathered.view(shard.size, *x.shape), shard, motion)
+
+
+def verify_exchange(
+    group: dist.ProcessGroup, dtype: torch.dtype, send_sizes: list[int], receive_sizes: list[int], motion: str
+) -> None:
+    """Compare what every process is about to send with what its peers expect.
+
+    Raises:
+        ValueError: the same one on every process, naming the first pair that disagrees. Without this check such a
+            mistake ends in a hang or in garbage.
+    """
+    size = dist.get_world_size(group)
+    mine = torch.tensor([zlib.crc32(motion.encode()), _DTYPES.index(dtype), *send_sizes, *receive_sizes])
+    rows = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(rows, mine, group=group)
+    table = [row.tolist() for row in rows]
+    for sender in range(size):
+        for receiver in range(size):
+            sent, expected = table[sender][2 + receiver], table[receiver][2 + size + sender]
+            kinds = _DTYPES[table[sender][1]], _DTYPES[table[receiver][1]]
+            if table[sender][0] != table[receiver][0]:
+                raise ValueError(f"{motion}: rank {sender} and rank {receiver} are in different motions")
+            if sent != expected or kinds[0] != kinds[1]:
+                raise ValueError(
+                    f"{motion}: rank {sender} sends {sent} numbers of {kinds[0]} to rank {receiver}, which expects "
+                    f"{expected} of {kinds[1]}: give every rank the same length, bounds, documents and dtype"
+                )
+
+
+_DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def send_to(peer: int, x: Tensor, shard: SequenceShard, motion: str) -> Pending[Tensor]:
+    """Send `x` to one process of the sequence group, which must call `receive_from`; for chains of processes."""
+    assert shard.group is not None
+    flat = torch.view_as_real(x).contiguous() if x.is_complex() else x.contiguous()
+    shard.ledger.record(motion, shard.layer, sent=flat.numel() * flat.element_size(), received=0)
+    work = dist.isend(flat, group=shard.group, group_dst=peer)
+    # the buffer must live until the message has left
+    return Pending(work, lambda: flat, shard, motion)
+
+
+def receive_from(peer: int, like: Tensor, shard: SequenceShard, motion: str) -> Pending[Tensor]:
+    """Receive a tensor shaped like `like` from one process of the sequence group."""
+    assert shard.group is not None
+    buffer = torch.empty_like(torch.view_as_real(like) if like.is_complex() else like).contiguous()
+    shard.ledger.record(motion, shard.layer, sent=0, received=buffer.numel() * buffer.element_size())
+    work = dist.irecv(buffer, group=shard.group, group_src=peer)
+    return Pending(work, lambda: torch.view_as_complex(buffer) if like.is_complex() else buffer, shard, motion)
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup | None, shard: SequenceShard, motion: str) -> Tensor:
+    """Sum of `x` over `group`; a new tensor."""
+    if group is None or dist.get_world_size(group) == 1:
+        return x.clone()
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    bytes_moved = total.numel() * total.element_size()
+    shard.ledger.record(motion, shard.layer, sent=bytes_moved, received=bytes_moved)
+    work = dist.all_reduce(total, group=group, async_op=True)
+    return Pending(work, lambda: total, shard, motion).wait()

@@ -1,0 +1,147 @@
+"""Long convolution of an input that is sharded along its length, in whatever form suits the filter.
+
+Shapes: B batch, T tokens here, L all tokens, D channels, K taps. Hyena (arXiv 2302.10866), StripedHyena 2
+(2503.01868).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.long_convolution import long_convolution
+from .fourier import Window, convolve_window
+from .halo import halo
+from .reshard import reshard
+from .shard import SequenceShard, even_bounds
+
+FORMS = ("channels", "length", "halo")
+
+
+class Filter(Protocol):
+    """A filter that any process can evaluate at any lags, for any slice of its channels."""
+
+    def __call__(self, lags_K: Tensor, channels: slice) -> Tensor:
+        """Values (channels, K) at global lags (int64), differentiable in the filter's parameters."""
+        ...
+
+
+@dataclass(frozen=True)
+class FiniteFilter:
+    """A filter of K taps, `taps_DK[:, k]` at lag k, zero beyond."""
+
+    taps_DK: Tensor
+
+    def __call__(self, lags_K: Tensor, channels: slice) -> Tensor:
+        taps_DK = self.taps_DK[channels]
+        inside = lags_K < taps_DK.shape[1]
+        return torch.where(inside, taps_DK[:, lags_K.clamp(max=taps_DK.shape[1] - 1)], 0.0)
+
+
+def convolve(
+    u_BTD: Tensor, filter: Filter, shard: SequenceShard, *, skip: Tensor | None = None, form: str | None = None
+) -> Tensor:
+    """y_t = sum over s <= t of filter(t - s) u_s + skip u_t, per channel, within each document: (B, T, D).
+
+    Args:
+        u_BTD: this shard's input; already gated, so that one tensor travels in and one out.
+        skip: (D,) the direct term.
+        form: how it travels; by default what the shard asks for, "auto" choosing the fewest bytes.
+            "channels": to a split along channels (all-to-all), by FFT at full length there, and back;
+                2 T D (P - 1) / P numbers per process and direction, 1 / P of the filter evaluated on each.
+            "length": a distributed FFT; 6 T D (P - 1) / P numbers and as many again divided by 3 B for the filter, but
+                no process ever holds a full-length row. For few channels per process and very long rows.
+            "halo": finite filters only; the K - 1 tokens before this shard.
+
+    Raises:
+        ValueError: an unknown form, or "halo" for a filter without end.
+    """
+    wanted = form or shard.strategies.convolution
+    if wanted != "auto" and wanted not in FORMS:
+        raise ValueError(f"unknown convolution form {wanted!r}: choose auto, {', '.join(FORMS)}")
+    chosen = _choose(filter, u_BTD.shape[-1], shard) if wanted == "auto" else wanted
+    if chosen == "halo":
+        return _by_halo(u_BTD, filter, shard, skip)
+    if chosen == "length" and shard.size > 1:
+        return _by_length(u_BTD, filter, shard, skip)
+    return _by_channels(u_BTD, filter, shard, skip)
+
+
+def _choose(filter: Filter, num_channels: int, shard: SequenceShard) -> str:
+    """Fewest bytes: a finite filter's halo if narrower than what an all-to-all would move, else the all-to-all."""
+    if isinstance(filter, FiniteFilter) and filter.taps_DK.shape[1] - 1 <= 2 * shard.length / shard.size:
+        return "halo"
+    return "channels" if num_channels >= shard.size else "length"
+
+
+def _by_channels(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tensor | None) -> Tensor:
+    num_channels = u_BTD.shape[-1]
+    bounds = even_bounds(num_channels, shard.size)
+    mine = slice(bounds[shard.rank], bounds[shard.rank + 1])
+    u_BLD = reshard(u_BTD, shard, to="channels")
+    filter_DL = filter(torch.arange(shard.length, device=u_BTD.device), mine)
+    starts = shard.whole_start_mask(u_BTD.device)
+    y_BLD = long_convolution(u_BLD, filter_DL, skip=None if skip is None else skip[mine], document_starts=starts)
+    return reshard(y_BLD, shard, to="length", channels=num_channels)
+
+
+def _by_halo(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tensor | None) -> Tensor:
+    if not isinstance(filter, FiniteFilter):
+        raise ValueError("convolution form 'halo' needs a finite filter: use 'channels' or 'length'")
+    width = filter.taps_DK.shape[1] - 1
+    if shard.size == 1:
+        return long_convolution(u_BTD, filter.taps_DK, skip=skip, document_starts=shard.start_mask(u_BTD.device))
+    before_BWD = halo(u_BTD, width, shard)
+    starts = shard.start_mask(u_BTD.device)
+    if starts is not None:
+        starts = torch.cat([starts.new_zeros(starts.shape[0], width), starts], dim=1)
+    joined = torch.cat([before_BWD, u_BTD], dim=1)
+    return long_convolution(joined, filter.taps_DK, skip=skip, document_starts=starts)[:, width:]
+
+
+def _by_length(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tensor | None) -> Tensor:
+    """Documents that cross a boundary between processes one distributed transform each, the others where they are."""
+    dtype = torch.promote_types(u_BTD.dtype, torch.float32)
+    u_BTD_wide = u_BTD.to(dtype)
+    rows = shard.document_starts
+    if rows is None:
+        y_BTD = _window(u_BTD_wide, filter, Window(shard, 0, shard.length))
+    else:
+        y_BTD = torch.cat(
+            [
+                _one_row(u_BTD_wide[row : row + 1], filter, shard, rows[row if len(rows) > 1 else 0])
+                for row in range(u_BTD.shape[0])
+            ]
+        )
+    if skip is not None:
+        y_BTD = y_BTD + u_BTD_wide * skip
+    return y_BTD.to(u_BTD.dtype)
+
+
+def _window(u_BTD: Tensor, filter: Filter, window: Window) -> Tensor:
+    """One document of a row of the batch, or of all rows: this shard's tokens of it."""
+    size, columns = window.shard.size, window.columns
+    rows = torch.arange(size, device=u_BTD.device)[:, None] * columns
+    lags = rows + torch.arange(window.my_columns.start, window.my_columns.stop, device=u_BTD.device)
+    inside = lags < window.end - window.begin
+    taps = filter(lags.clamp(max=window.end - window.begin - 1).reshape(-1), slice(0, u_BTD.shape[-1]))
+    filter_DKC = torch.where(inside, taps.view(-1, *lags.shape), 0.0).to(u_BTD.dtype)
+    return convolve_window(u_BTD, filter_DKC, window)
+
+
+def _one_row(u_1TD: Tensor, filter: Filter, shard: SequenceShard, starts: tuple[int, ...]) -> Tensor:
+    """A row of the batch with several documents. Every process visits the crossing ones in the same order."""
+    pieces: list[Tensor] = []
+    for begin, end in pairwise((0, *starts, shard.length)):
+        first, last = max(begin, shard.start), min(end, shard.stop)
+        here = u_1TD[:, max(first, shard.start) - shard.start : max(first, last) - shard.start]
+        if any(begin < bound < end for bound in shard.bounds[1:-1]):
+            pieces.append(_window(here, filter, Window(shard, begin, end)))
+        elif first < last:
+            lags = torch.arange(last - first, device=u_1TD.device)
+            pieces.append(long_convolution(here, filter(lags, slice(0, u_1TD.shape[-1]))))
+    return torch.cat(pieces, dim=1)

@@ -1,0 +1,161 @@
+"""The heart: the state that enters this shard, composed from the summaries of all earlier shards.
+
+A linear recurrence over a shard acts on the state entering it as an affine map, state_out = M state_in + c, where c
+is the state the shard reaches from zero. The state entering shard r is the exclusive prefix of these maps. Its
+backward pass is the same prefix over the transposed maps from right to left: with G_r the gradient of c_r,
+G_{r-1} = M_r' G_r + dL/d(state entering r), and dL/dM_r = G_r (x) state entering r.
+
+Messages never grow with the sequence's length. States and decay sums travel in float32 or better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .prefix_strategies import STRATEGIES, Segment, choose_strategy
+from .shard import SequenceShard
+from .transitions import Transition
+
+
+def prefix_state(transition: Transition, state: Tensor, shard: SequenceShard, *, strategy: str | None = None) -> Tensor:
+    """The state entering this shard; the empty state on the first. Differentiable in the state and the transition.
+
+    Args:
+        transition: how the state entering this shard acts on the one leaving it.
+        state: (B, channels or heads, ...) the state this shard reaches from zero, float32, float64 or complex (half
+            types are computed and sent in float32).
+        strategy: a key of `prefix_strategies.STRATEGIES`, or "auto" for the cost model's choice; by default what the
+            shard asks for. All give the same result up to rounding.
+
+    Raises:
+        ValueError: an unknown strategy.
+    """
+    return begin_prefix_state(transition, state, shard, strategy=strategy).wait()
+
+
+def begin_prefix_state(
+    transition: Transition, state: Tensor, shard: SequenceShard, *, strategy: str | None = None
+) -> PendingState:
+    """`prefix_state` in two halves: the message leaves now, `wait` returns the state. Compute in between.
+
+    In the backward pass the halves swap: the gradient's message leaves where `wait` was and is awaited here.
+    """
+    strategy = strategy or shard.strategies.prefix
+    if strategy != "auto" and strategy not in STRATEGIES:
+        raise ValueError(f"unknown prefix strategy {strategy!r}: choose auto, {', '.join(sorted(STRATEGIES))}")
+    if shard.size == 1:
+        return PendingState(None, transition.empty(state))
+    flight = _Flight(transition, shard, strategy)
+    anchor = _Begin.apply(flight, state, *transition.inputs())
+    assert isinstance(anchor, Tensor)
+    return PendingState(flight, anchor)
+
+
+@dataclass
+class PendingState:
+    """A state under way; without a flight it is already here."""
+
+    _flight: _Flight | None
+    _anchor: Tensor
+
+    def wait(self) -> Tensor:
+        """The state entering this shard."""
+        if self._flight is None:
+            return self._anchor
+        state = _Finish.apply(self._anchor, self._flight)
+        assert isinstance(state, Tensor)
+        return state
+
+
+class _Flight:
+    """What the two halves of one pass share: the message under way and what backward needs."""
+
+    def __init__(self, transition: Transition, shard: SequenceShard, strategy: str) -> None:
+        self.transition = transition
+        self.shard = shard
+        self.strategy = strategy
+        self._land: Callable[[], Tensor] | None = None
+        self._entering: Tensor | None = None
+
+    def begin_forward(self, transition: Transition, state: Tensor) -> None:
+        """Send this shard's segment on its way, left to right."""
+        self.transition = transition
+        self._dtype = state.dtype
+        self._own = state.to(torch.promote_types(state.dtype, torch.float32))
+        self._send(self._own, reverse=False)
+
+    def land_forward(self) -> Tensor:
+        assert self._land is not None
+        self._entering = self._land()
+        return self._entering.to(self._dtype)
+
+    def begin_backward(self, gradient: Tensor) -> None:
+        """Send the gradient of the entering state on its way, right to left."""
+        assert self._entering is not None
+        self._send(self.transition.gradient_to_send(gradient.to(self._own.dtype), self._entering), reverse=True)
+
+    def land_backward(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The gradients of this shard's own state and of its transition's tensors."""
+        assert self._land is not None and self._entering is not None
+        arrived = self._land()
+        inputs = tuple(tensor.detach().requires_grad_() for tensor in self.transition.inputs())
+        grads: tuple[Tensor, ...] = ()
+        if inputs:
+            with torch.enable_grad():
+                transition = self.transition.with_inputs(inputs)
+                moved = transition.apply(transition.travelling(), self.shard.local_length, self._entering)
+                gradient = transition.gradient_of_moved(arrived, moved.detach())
+                if transition.reset is not None:
+                    gradient = gradient.masked_fill(_expand(transition.reset, gradient), 0)
+                grads = torch.autograd.grad(moved, inputs, gradient)
+        return self.transition.gradient_of_own(arrived, self._own).to(self._dtype), grads
+
+    def _send(self, state: Tensor, *, reverse: bool) -> None:
+        keep = None
+        if self.shard.document_starts is not None:
+            keep = torch.ones(state.shape[0], device=state.device)
+            if self.transition.reset is not None:
+                keep = keep.masked_fill(self.transition.reset.expand(state.shape[0]), 0)
+        segment = Segment(self.transition, self.transition.travelling(), keep, state, self.shard.local_length)
+        name = choose_strategy(self.strategy, segment, self.shard)
+        motion = "prefix_state.backward" if reverse else "prefix_state.forward"
+        self._land = STRATEGIES[name](segment, self.shard, reverse, motion)
+
+
+def _expand(mask_B: Tensor, like: Tensor) -> Tensor:
+    return mask_B.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+class _Begin(torch.autograd.Function):
+    """First half. Forward sends the state; backward awaits the gradient of the state."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, flight: _Flight, state: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.flight = flight  # type: ignore[attr-defined]
+        detached = tuple(tensor.detach() for tensor in inputs)
+        flight.begin_forward(flight.transition.with_inputs(detached), state.detach())
+        return state.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        own, inputs = ctx.flight.land_backward()  # type: ignore[attr-defined]
+        return None, own, *inputs
+
+
+class _Finish(torch.autograd.Function):
+    """Second half. Forward awaits the state; backward sends its gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, anchor: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight  # type: ignore[attr-defined]
+        return flight.land_forward()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.begin_backward(grads[0])  # type: ignore[attr-defined]
+        return grads[0].new_zeros(()), None

@@ -1,0 +1,126 @@
+"""Reshard: from a slice of the length with all channels to all the length with a slice of the channels, and back.
+
+Uneven sizes are fine; several tensors travel in one message. B batch, T tokens here, L all tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .collectives import exchange
+from .shard import SequenceShard, even_bounds
+
+
+@overload
+def reshard(x: Tensor, shard: SequenceShard, to: str, channels: int | None = None) -> Tensor: ...
+@overload
+def reshard(
+    x: Sequence[Tensor], shard: SequenceShard, to: str, channels: int | Sequence[int | None] | None = None
+) -> tuple[Tensor, ...]: ...
+
+
+def reshard(
+    x: Tensor | Sequence[Tensor],
+    shard: SequenceShard,
+    to: str,
+    channels: int | Sequence[int | None] | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Exchange length for channels between the processes of a sequence, differentiably.
+
+    Args:
+        x: one tensor or several of one dtype, sent in one message. For `to="channels"` (B, T, D, ...), dimension 2
+            is split; for `to="length"` (B, L, D of this rank, ...).
+        to: "channels": (B, T, D, ...) -> (B, L, D_r, ...), rank r holding channels `even_bounds(D, P)[r:r+2]`;
+            "length": the inverse.
+        channels: for `to="length"`, the number D of all channels (per tensor, or for all); by default P times the
+            channels here, which is right when P divides D.
+
+    Bytes per process: T x D x (P - 1) / P each way, for every tensor.
+
+    Raises:
+        ValueError: another `to`, fewer channels than processes, or sizes that do not match the shard.
+    """
+    tensors = (x,) if isinstance(x, Tensor) else tuple(x)
+    if to not in ("channels", "length"):
+        raise ValueError(f"reshard to {to!r}: choose 'channels' or 'length'")
+    tokens = shard.local_length if to == "channels" else shard.length
+    for tensor in tensors:
+        if tensor.shape[1] != tokens:
+            raise ValueError(f"reshard to {to}: x has {tensor.shape[1]} tokens, expected {tokens}")
+    if shard.size == 1:
+        return tensors[0] if isinstance(x, Tensor) else tensors
+    totals = _totals(tensors, shard, to, channels)
+    result = _Reshard.apply(shard, to, totals, *tensors)
+    assert isinstance(result, tuple)
+    return result[0] if isinstance(x, Tensor) else result
+
+
+def _totals(
+    tensors: tuple[Tensor, ...], shard: SequenceShard, to: str, channels: int | Sequence[int | None] | None
+) -> tuple[int, ...]:
+    """The number of channels over all processes, per tensor."""
+    given = list(channels) if isinstance(channels, Sequence) else [channels] * len(tensors)
+    totals = []
+    for tensor, total in zip(tensors, given, strict=True):
+        here = tensor.shape[2]
+        if to == "channels":
+            total = here
+        elif total is None:
+            total = here * shard.size
+        if total < shard.size:
+            raise ValueError(f"{total} channels cannot be split over {shard.size} processes")
+        bounds = even_bounds(total, shard.size)
+        if to == "length" and here != bounds[shard.rank + 1] - bounds[shard.rank]:
+            raise ValueError(f"rank {shard.rank} holds {here} channels; {total} over {shard.size} gives another number")
+        totals.append(total)
+    return tuple(totals)
+
+
+class _Reshard(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, shard: SequenceShard, to: str, totals: tuple[int, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.shard, ctx.to, ctx.totals = shard, to, totals  # type: ignore[attr-defined]
+        return _move(tensors, shard, to, totals, "reshard.forward")
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        to = "length" if ctx.to == "channels" else "channels"  # type: ignore[attr-defined]
+        moved = _move(grads, ctx.shard, to, ctx.totals, "reshard.backward")  # type: ignore[attr-defined]
+        return None, None, None, *moved
+
+
+def _move(
+    tensors: tuple[Tensor, ...], shard: SequenceShard, to: str, totals: tuple[int, ...], motion: str
+) -> tuple[Tensor, ...]:
+    """One all-to-all for all tensors: a process's part is the tensors' blocks for it, one after another."""
+    bounds = [even_bounds(total, shard.size) for total in totals]
+    sequence = shard.bounds
+    ranks = range(shard.size)
+
+    def outgoing(tensor: Tensor, channel: tuple[int, ...], peer: int) -> Tensor:
+        if to == "channels":
+            return tensor[:, :, channel[peer] : channel[peer + 1]]
+        return tensor[:, sequence[peer] : sequence[peer + 1]]
+
+    def incoming_shape(tensor: Tensor, channel: tuple[int, ...], peer: int) -> tuple[int, ...]:
+        owner, slice_ = (peer, shard.rank) if to == "channels" else (shard.rank, peer)
+        length, width = sequence[owner + 1] - sequence[owner], channel[slice_ + 1] - channel[slice_]
+        return (tensor.shape[0], length, width, *tensor.shape[3:])
+
+    pairs = list(zip(tensors, bounds, strict=True))
+    parts = [torch.cat([outgoing(t, c, peer).reshape(-1) for t, c in pairs]) for peer in ranks]
+    shapes = [[incoming_shape(t, c, peer) for t, c in pairs] for peer in ranks]
+    sizes = [[torch.Size(shape).numel() for shape in row] for row in shapes]
+    flats = exchange(parts, [(sum(row),) for row in sizes], shard, motion).wait()
+    pieces = [flat.split(row) for flat, row in zip(flats, sizes, strict=True)]
+    dim = 1 if to == "channels" else 2
+    return tuple(
+        torch.cat([pieces[peer][i].view(shapes[peer][i]) for peer in ranks], dim=dim) for i in range(len(tensors))
+    )

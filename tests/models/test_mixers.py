@@ -1,0 +1,151 @@
+"""Rules that every mixer keeps on one process: causality, documents, decoding, state sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longstride.parallel import SequenceShard
+
+from .cases import MIXER_CASES, SMALL, WIDTH, difference, make_mixer, make_model, numbers
+
+LENGTH = 19
+
+every_mixer = pytest.mark.parametrize("name", MIXER_CASES)
+
+
+@every_mixer
+def test_output_depends_on_earlier_tokens_and_on_no_later_one(name: str) -> None:
+    mixer = make_mixer(name)
+    for token in (0, 7, LENGTH - 1):
+        x_BTD = numbers("x", 2, LENGTH, WIDTH).requires_grad_()
+        y_BTD = mixer(x_BTD, SequenceShard.whole(LENGTH))
+        assert y_BTD.shape == x_BTD.shape
+        (grad_BTD,) = torch.autograd.grad((y_BTD[:, token] * numbers("w", 2, WIDTH)).sum(), x_BTD)
+        reach_T = grad_BTD.abs().amax(dim=(0, 2))
+        assert reach_T[token + 1 :].sum() <= 1e-12 * reach_T.max()
+        assert (reach_T[: token + 1] > 1e-9 * reach_T.max()).all()
+
+
+@every_mixer
+def test_packed_documents_are_computed_as_if_each_stood_alone(name: str) -> None:
+    mixer = make_mixer(name)
+    x_BTD = numbers("x", 2, LENGTH, WIDTH)
+    starts = [0, 1, 2, 6, 17]
+    packed_BTD = mixer(x_BTD, SequenceShard.whole(LENGTH, starts))
+    parts = [x_BTD[:, a:b] for a, b in zip(starts, [*starts[1:], LENGTH], strict=True)]
+    alone_BTD = torch.cat([mixer(part, SequenceShard.whole(part.shape[1])) for part in parts], dim=1)
+    assert difference(packed_BTD, alone_BTD) < 1e-12
+    assert difference(mixer(x_BTD, SequenceShard.whole(LENGTH)), alone_BTD) > 1e-3  # the boundaries matter
+
+
+@every_mixer
+def test_rows_of_a_batch_have_their_own_documents(name: str) -> None:
+    mixer = make_mixer(name)
+    x_BTD = numbers("x", 2, LENGTH, WIDTH)
+    rows = [[5, 6], [12]]
+    together_BTD = mixer(x_BTD, SequenceShard.whole(LENGTH, rows))
+    for row, starts in enumerate(rows):
+        alone_BTD = mixer(x_BTD[row : row + 1], SequenceShard.whole(LENGTH, starts))
+        assert difference(together_BTD[row : row + 1], alone_BTD) < 1e-12
+
+
+@every_mixer
+def test_steps_equal_the_parallel_form(name: str) -> None:
+    mixer = make_mixer(name)
+    x_BTD = numbers("x", 3, LENGTH, WIDTH)
+    with torch.no_grad():
+        state = mixer.init_state(3, x_BTD.device, x_BTD.dtype)
+        outputs = []
+        for token in range(LENGTH):
+            y_BD, state = mixer.step(x_BTD[:, token], state)
+            outputs.append(y_BD)
+        assert difference(torch.stack(outputs, dim=1), mixer(x_BTD, SequenceShard.whole(LENGTH))) < 1e-9
+
+
+@every_mixer
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_state_bytes_are_those_of_the_state(name: str, dtype: torch.dtype) -> None:
+    mixer = make_mixer(name).to(dtype)
+    state = mixer.init_state(1, torch.device("cpu"), dtype)
+    with torch.no_grad():
+        for token in range(5):
+            assert sum(tensor.nbytes for tensor in state.values()) == mixer.state_bytes(token)
+            _, state = mixer.step(numbers("x", 1, WIDTH).to(dtype), state)
+
+
+@every_mixer
+def test_every_parameter_has_a_gradient(name: str) -> None:
+    mixer = make_mixer(name)
+    x_BTD = numbers("x", 2, LENGTH, WIDTH)
+    (mixer(x_BTD, SequenceShard.whole(LENGTH)) * numbers("w", 2, LENGTH, WIDTH)).sum().backward()
+    for parameter_name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name
+
+
+@every_mixer
+def test_operations_are_at_least_those_of_the_matrices(name: str) -> None:
+    mixer = make_mixer(name)
+    matrices = sum(p.numel() for p in mixer.parameters() if p.dim() == 2 and min(p.shape) >= WIDTH)
+    assert mixer.flops_per_token(64) >= 2 * matrices
+    assert mixer.flops_per_token(4096) >= mixer.flops_per_token(64)
+
+
+@every_mixer
+def test_half_precision_stays_close_to_double(name: str) -> None:
+    mixer = make_mixer(name)
+    x_BTD = numbers("x", 2, LENGTH, WIDTH)
+    expected_BTD = mixer(x_BTD, SequenceShard.whole(LENGTH))
+    half_BTD = mixer.to(torch.bfloat16)(x_BTD.to(torch.bfloat16), SequenceShard.whole(LENGTH))
+    assert half_BTD.dtype == torch.bfloat16
+    assert difference(half_BTD.double(), expected_BTD) < 0.1
+
+
+def test_hyena_filters_do_not_depend_on_the_length_at_hand() -> None:
+    mixer = make_mixer("hyena")
+    x_BTD = numbers("x", 1, 40, WIDTH)
+    longer = mixer(x_BTD, SequenceShard.whole(40))[:, :LENGTH]
+    assert difference(longer, mixer(x_BTD[:, :LENGTH], SequenceShard.whole(LENGTH))) < 1e-12
+
+
+def test_hyena_refuses_sequences_longer_than_its_filters() -> None:
+    mixer = make_mixer("hyena")
+    with pytest.raises(ValueError, match=r"65 tokens are more than max_length 64.*hyena\.max_length to at least 65"):
+        mixer(numbers("x", 1, 65, WIDTH), SequenceShard.whole(65))
+
+
+def test_long_hyena_filters_are_evaluated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> list[torch.Tensor]:
+        mixer = make_mixer("hyena")
+        y_BTD = mixer(numbers("x", 2, LENGTH, WIDTH), SequenceShard.whole(LENGTH))
+        return [y_BTD, *torch.autograd.grad(y_BTD.square().sum(), list(mixer.parameters()))]
+
+    expected = run()
+    monkeypatch.setattr("longstride.models.mixers.hyena.LAGS_AT_ONCE", 5)
+    for ours, theirs in zip(run(), expected, strict=True):
+        assert difference(ours, theirs) < 1e-12
+
+
+def test_attention_sees_positions_through_rotation() -> None:
+    x_BTD = numbers("x", 1, LENGTH, WIDTH)
+    swapped_BTD = x_BTD[:, [1, 0, *range(2, LENGTH)]]
+    shard = SequenceShard.whole(LENGTH)
+    for name, positional in (("attention", True), ("attention, one key head, no positions", False)):
+        mixer = make_mixer(name)
+        moved = difference(mixer(swapped_BTD, shard)[:, -1], mixer(x_BTD, shard)[:, -1])
+        assert (moved > 1e-4) == positional
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("[attention(heads=5)]", "width 12 is not divisible by 5 heads"),
+        ("[attention(heads=4, kv_heads=3)]", "4 heads cannot share 3 kv_heads"),
+        ("[attention(heads=4, head_dim=3)]", "even head width, not 3"),
+        ("[hyena(features=4)]", "hyena.features must be odd"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_one_line(layers: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        make_model({**SMALL, "layers": layers})
+    assert "\n" not in str(raised.value)

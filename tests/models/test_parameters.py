@@ -1,0 +1,107 @@
+"""Initial values: they depend on the seed and the parameter's name, and on nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longstride.models import LanguageModel, ModelConfig, build_model, initialise, weight_decayed
+from longstride.models.mixers.mamba import log_uniform_step_sizes
+from longstride.parallel import Mesh, shard_model
+from tests.distributed import run_ranks
+
+CONFIG = {
+    "vocab_size": 48,
+    "width": 16,
+    "layers": "[mamba, hyena(max_length=64)+moe, attention(heads=4), mamba+moe]",
+    "moe": {"experts": 4, "hidden": 24},
+}
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_the_seed_decides() -> None:
+    first, again, other = (values(build_model(CONFIG, seed=seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    random = [name for name in first if first[name].std() > 0 and "A_log" not in name]
+    assert random and all(not torch.equal(first[name], other[name]) for name in random)
+
+
+def test_the_dtype_only_rounds() -> None:
+    single = values(build_model(CONFIG))
+    for dtype in (torch.float64, torch.bfloat16):
+        for name, value in values(build_model(CONFIG, dtype=dtype)).items():
+            assert value.dtype == dtype
+            assert torch.equal(value, single[name].to(dtype)), name
+
+
+def test_other_layers_do_not_move_a_parameter() -> None:
+    longer = build_model({**CONFIG, "layers": "[mamba, attention(heads=4)]"})
+    shorter = build_model({**CONFIG, "layers": "[mamba]"})
+    for name in ("blocks.0.mixer.in_proj.weight", "embedding.weight"):
+        assert torch.equal(values(longer)[name], values(shorter)[name])
+
+
+def sharded_values(rank: int, world_size: int, degrees: dict[str, int]) -> dict[str, Tensor]:
+    mesh = Mesh(**degrees)
+    with torch.device("meta"):
+        model = LanguageModel(ModelConfig.parse(CONFIG))
+    shard_model(model, mesh, blocks=list(model.blocks), experts=model.expert_modules())
+    model.to_empty(device="cpu")
+    initialise(model, seed=5)
+    return {name: parameter.full_tensor() for name, parameter in values(model).items()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [{"sequence": 2}, {"data": 2, "expert": 2}, {"data": 2, "sequence": 2, "expert": 2}, {"sequence": 4, "expert": 4}],
+)
+def test_the_mesh_does_not_matter(degrees: dict[str, int]) -> None:
+    expected = values(build_model(CONFIG, seed=5))
+    world_size = degrees.get("data", 1) * degrees.get("sequence", 1)
+    for sharded in run_ranks(sharded_values, world_size, degrees):
+        assert sharded.keys() == expected.keys()
+        for name, value in sharded.items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_mamba_begins_as_its_authors_code_does() -> None:
+    model = build_model({"vocab_size": 64, "width": 64, "layers": "[mamba] x 4", "feed_forward": "none"})
+    mixer = values(model.blocks[0].mixer)
+    assert torch.equal(mixer["A_log"], torch.arange(1.0, 17.0).log().expand(128, 16))
+    assert torch.equal(mixer["D"], torch.ones(128))
+    assert mixer["dt_proj.weight"].abs().max() <= 4**-0.5
+    steps = torch.nn.functional.softplus(mixer["dt_proj.bias"])
+    assert steps.min() >= 0.99e-3 and steps.max() <= 1.01e-1
+    assert abs(steps.log().mean() - math.log(1e-2)) < 0.5
+    bound = 1 / math.sqrt(128) / math.sqrt(4)  # out_proj is scaled down by the square root of the number of layers
+    assert 0.9 * bound < mixer["out_proj.weight"].abs().max() <= bound
+    assert mixer["in_proj.weight"].abs().max() > 0.9 / math.sqrt(64)
+    assert abs(model.embedding.weight.std().item() - 0.02) < 1e-3
+
+
+def test_step_sizes_have_a_floor() -> None:
+    bias = log_uniform_step_sizes(1e-6, 1e-5)((50,), torch.Generator())
+    assert torch.allclose(torch.nn.functional.softplus(bias.double()), torch.tensor(1e-4, dtype=torch.float64))
+
+
+def test_weight_decay_spares_vectors_and_decay_rates() -> None:
+    model = build_model(CONFIG)
+    decayed = weight_decayed(model)
+    assert decayed < set(values(model))
+    spared = set(values(model)) - decayed
+    assert {"blocks.0.mixer.A_log", "blocks.0.mixer.D", "blocks.1.mixer.skip", "norm.weight"} <= spared
+    assert {"embedding.weight", "blocks.1.feed_forward.experts.down", "blocks.0.mixer.conv_weight"} <= decayed
+    assert all(values(model)[name].dim() == 1 or name.endswith(("A_log", "skip")) for name in spared)
+
+
+def test_undeclared_parameters_are_refused() -> None:
+    model = build_model(CONFIG)
+    model.blocks.append(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"parameter blocks\.4\.weight was not declared"):
+        initialise(model, 0)

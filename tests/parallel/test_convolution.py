@@ -1,0 +1,94 @@
+"""Every form of the split convolution against one process's sum over lags: values, gradients, bytes; float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longstride.kernels.long_convolution.reference import long_convolution_reference
+from longstride.parallel import FiniteFilter, SequenceShard, convolve
+from tests.distributed import run_ranks
+from tests.parallel.oracles import gathered, local, normal, relative_error
+
+B, D = 2, 5
+DOCUMENTS = [[4, 5, 21], [13]]
+
+
+class Implicit:
+    """A filter without end: decaying sines whose decay and frequency are parameters."""
+
+    def __init__(self, parameters_D2: Tensor) -> None:
+        self.parameters_D2 = parameters_D2
+
+    def __call__(self, lags_K: Tensor, channels: slice) -> Tensor:
+        decay, frequency = self.parameters_D2[channels].unsqueeze(-1).unbind(1)
+        return torch.exp(-decay.abs() * lags_K / 10) * torch.cos(frequency * lags_K)
+
+
+def make(kind: str, parameters: Tensor) -> Implicit | FiniteFilter:
+    return Implicit(parameters) if kind == "implicit" else FiniteFilter(parameters)
+
+
+def parameters_of(kind: str) -> Tensor:
+    return (normal(D, 2, seed=1) if kind == "implicit" else normal(D, 9, seed=1)).requires_grad_()
+
+
+def split(rank: int, world: int, length: int, kind: str, form: str, documents: object) -> tuple[Tensor, ...]:
+    shard = SequenceShard.split(length, None, documents)
+    u = local(normal(B, length, D), shard)
+    parameters, skip = parameters_of(kind), normal(D, seed=2).requires_grad_()
+    y = convolve(u, make(kind, parameters), shard, skip=skip, form=form)
+    (y * normal(B, length, D, seed=3)[:, shard.start : shard.stop]).sum().backward()
+    sent = torch.tensor([row.bytes_sent for row in shard.ledger.by_motion().values()]).sum()
+    return y.detach(), u.grad, parameters.grad, skip.grad, sent  # type: ignore[return-value]
+
+
+def whole(length: int, kind: str, documents: object) -> tuple[Tensor, ...]:
+    u, parameters, skip = normal(B, length, D).requires_grad_(), parameters_of(kind), normal(D, seed=2).requires_grad_()
+    taps = make(kind, parameters)(torch.arange(length), slice(0, D))
+    mask = SequenceShard.whole(length, documents).start_mask()
+    y = long_convolution_reference(u, taps, skip=skip, document_starts=mask)
+    (y * normal(B, length, D, seed=3)).sum().backward()
+    return y.detach(), u.grad, parameters.grad, skip.grad  # type: ignore[return-value]
+
+
+CASES = [("implicit", "channels"), ("implicit", "length"), ("finite", "halo"), ("finite", "length"), ("finite", "auto")]
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one", "packed"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize(("kind", "form"), CASES)
+def test_equals_sum_over_lags(kind: str, form: str, world: int, documents: object) -> None:
+    for length in (26, 32):  # 26 over 3 or 4: uneven, and shards shorter than the finite filter
+        expected = whole(length, kind, documents)
+        results = run_ranks(split, world, length, kind, form, documents)
+        assert relative_error(gathered(r[0] for r in results), expected[0]) < 1e-12
+        assert relative_error(gathered(r[1] for r in results), expected[1]) < 1e-12
+        for i in (2, 3):
+            assert relative_error(sum(r[i] for r in results), expected[i]) < 1e-12  # type: ignore[arg-type]
+
+
+def test_negative_control_documents_do_not_leak() -> None:
+    leaking = whole(26, "implicit", None)
+    results = run_ranks(split, 2, 26, "implicit", "length", DOCUMENTS)
+    assert relative_error(gathered(r[0] for r in results), leaking[0]) > 1e-2
+
+
+def test_bytes_of_each_form() -> None:
+    """Forward and backward of 32 tokens over 4 processes, 8 columns, in float64."""
+    one_way = 8 * B * 8 * D * 3 // 4  # T x D x (P - 1) / P numbers
+    channels = [int(r[4]) for r in run_ranks(split, 4, 32, "implicit", "channels", None)]
+    assert sum(channels) == 4 * 2 * 2 * one_way
+    length = [int(r[4]) for r in run_ranks(split, 4, 32, "implicit", "length", None)]
+    assert length == [2 * (6 * one_way + 2 * one_way // B)] * 4
+    halo = [int(r[4]) for r in run_ranks(split, 4, 32, "finite", "halo", None)]
+    assert halo == [8 * B * 8 * D, 2 * 8 * B * 8 * D, 2 * 8 * B * 8 * D, 8 * B * 8 * D]
+
+
+def test_bad_forms_are_named() -> None:
+    shard = SequenceShard.whole(8)
+    with pytest.raises(ValueError, match="unknown convolution form 'magic': choose auto, channels, length, halo"):
+        convolve(normal(1, 8, D), make("implicit", parameters_of("implicit")), shard, form="magic")
+    with pytest.raises(ValueError, match="needs a finite filter"):
+        convolve(normal(1, 8, D), make("implicit", parameters_of("implicit")), shard, form="halo")

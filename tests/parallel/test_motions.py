@@ -1,0 +1,108 @@
+"""halo, reshard and global sums against slices of the global tensor: values, gradients, bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longstride.parallel import CommunicationLedger, SequenceShard, global_sum, halo, reshard
+from longstride.parallel.shard import check_bounds, even_bounds
+from tests.distributed import run_ranks
+from tests.parallel.oracles import gathered, local, normal, relative_error
+
+B, D = 2, 3
+DOCUMENTS = [[5, 6, 14], [9]]
+
+
+def split_halo(rank: int, world: int, length: int, width: int, documents: object) -> tuple[Tensor, Tensor, int]:
+    shard = SequenceShard.split(length, None, documents, ledger=CommunicationLedger())
+    x = local(normal(B, length, D), shard)
+    tokens = halo(x, width, shard)
+    ((tokens * normal(B, width, D, seed=rank + 1)).sum() + 0 * x.sum()).backward()
+    return tokens.detach(), x.grad, shard.ledger.totals().bytes_sent  # type: ignore[return-value]
+
+
+def whole_halo(world: int, length: int, width: int, documents: object) -> tuple[list[Tensor], Tensor]:
+    x = normal(B, length, D).requires_grad_()
+    halos, total = [], torch.zeros((), dtype=torch.float64)
+    for rank in range(world):
+        start = length // world * rank + min(rank, length % world)
+        padded = torch.cat([x.new_zeros(B, width, D), x], dim=1)[:, start : start + width]
+        for row in range(B):
+            begin = max([p for p in (documents[row] if documents else []) if p <= start], default=0)  # type: ignore[index]
+            keep = (torch.arange(start - width, start) >= begin).to(x.dtype)
+            padded = torch.cat([padded[:row], (padded[row] * keep[:, None])[None], padded[row + 1 :]])
+        halos.append(padded.detach())
+        total = total + (padded * normal(B, width, D, seed=rank + 1)).sum()
+    total.backward()
+    assert x.grad is not None
+    return halos, x.grad
+
+
+@pytest.mark.parametrize("width", [0, 1, 3, 11])  # 11 is wider than a shard of 17 over 4
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_halo(world: int, width: int, documents: object) -> None:
+    length = 17
+    expected, expected_grad = whole_halo(world, length, width, documents)
+    results = run_ranks(split_halo, world, length, width, documents)
+    for (tokens, _, _), true_tokens in zip(results, expected, strict=True):
+        assert torch.equal(tokens, true_tokens)
+    if width:
+        assert relative_error(gathered(grad for _, grad, _ in results), expected_grad) < 1e-14
+
+
+def test_halo_bytes_are_width_times_channels() -> None:
+    sent = [sent for _, _, sent in run_ranks(split_halo, 3, 30, 4, None)]
+    one = 8 * B * 4 * D
+    assert sent == [one, 2 * one, one]  # forward to the right neighbour, gradients to the left one
+
+
+def there_and_back(rank: int, world: int, length: int) -> tuple[list[Tensor], Tensor, Tensor, int]:
+    shard = SequenceShard.split(length, None, ledger=CommunicationLedger())
+    x, y = local(normal(B, length, 7), shard), local(normal(B, length, 4, 2, seed=5), shard)
+    x_channels, y_channels = reshard((x, y), shard, to="channels")
+    forward_bytes = shard.ledger.totals().bytes_sent
+    weight = normal(B, length, 7, seed=9)
+    back = reshard(x_channels * 2, shard, to="length", channels=7)
+    (back * weight[:, shard.start : shard.stop]).sum().backward()
+    assert y_channels.shape[:2] == (B, length)
+    return [x_channels.detach(), y_channels.detach()], back.detach(), x.grad, forward_bytes  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_reshard_there_and_back(world: int) -> None:
+    length = 13
+    results = run_ranks(there_and_back, world, length)
+    assert torch.equal(gathered((r[0][0] for r in results), dim=2), normal(B, length, 7))
+    assert torch.equal(gathered((r[0][1] for r in results), dim=2), normal(B, length, 4, 2, seed=5))
+    assert torch.equal(gathered(r[1] for r in results), 2 * normal(B, length, 7))
+    assert torch.equal(gathered(r[2] for r in results), 2 * normal(B, length, 7, seed=9))
+
+
+def test_reshard_bytes() -> None:
+    results = run_ranks(there_and_back, 2, 12)
+    assert [r[3] for r in results] == [8 * B * 6 * (3 + 2 * 2), 8 * B * 6 * (4 + 2 * 2)]
+
+
+def summed(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    x = torch.tensor([1.0 + rank], dtype=torch.float64, requires_grad=True)
+    total = global_sum(x, SequenceShard.split(world, None))
+    (3 * total).sum().backward()
+    return total.detach(), x.grad  # type: ignore[return-value]
+
+
+def test_global_sum_backward_is_partial() -> None:
+    for total, grad in run_ranks(summed, 3):
+        assert total.item() == 6.0
+        assert grad.item() == 3.0
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="3 tokens cannot be split over 5"):
+        check_bounds(even_bounds(3, 5), 3, 5)
+    with pytest.raises(ValueError, match="document start 20 lies outside the sequence of 10 tokens"):
+        SequenceShard.whole(10, [20])
+    with pytest.raises(ValueError, match="choose 'channels' or 'length'"):
+        reshard(torch.zeros(1, 4, 4), SequenceShard.whole(4), to="batch")

@@ -1,0 +1,169 @@
+"""prefix_state against a plain left-to-right fold on one process: values and every gradient, float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longstride.parallel import (
+    CommunicationLedger,
+    Constant,
+    Dense,
+    LogSpace,
+    PerChannel,
+    PerHead,
+    SequenceShard,
+    Transition,
+    begin_prefix_state,
+    prefix_state,
+)
+from longstride.parallel.prefix_strategies import STRATEGIES
+from tests.distributed import run_ranks
+from tests.parallel.oracles import normal, relative_error
+
+B, D, N, LENGTH = 2, 5, 3, 37
+KINDS = ["constant", "complex", "per_channel", "per_head", "dense", "log_space"]
+DOCUMENTS = [None, [[3, 17], [30]], [[], [1, 2, 19, 20, 36]]]
+
+
+def transition_of(kind: str, rank: int, tokens: int, reset: Tensor | None) -> tuple[Transition, Tensor]:
+    """A transition of each class with its own numbers per rank, and the state that the rank reaches from zero."""
+    if kind == "constant":
+        return Constant(-normal(D, N, seed=1).abs() / 10, reset), normal(B, D, N, seed=100 + rank)
+    if kind == "complex":
+        log_decay = torch.complex(-normal(D, N, seed=1).abs() / 10, normal(D, N, seed=2))
+        state = torch.complex(normal(B, D, N, seed=100 + rank), normal(B, D, N, seed=200 + rank))
+        return Constant(log_decay, reset), state
+    if kind == "per_channel":
+        steps = normal(B, D, seed=300 + rank).abs()
+        return PerChannel(-normal(D, N, seed=1).abs(), steps, reset), normal(B, D, N, seed=100 + rank)
+    if kind == "per_head":
+        return PerHead(-normal(B, D, seed=300 + rank).abs(), reset), normal(B, D, N, 4, seed=100 + rank)
+    if kind == "log_space":
+        exponent = 30 * normal(B, D, seed=500 + rank)  # far apart: sums in plain numbers would over- or underflow
+        pair = normal(B, D, 2, seed=100 + rank)
+        pair[..., 1] = pair[..., 1].abs() + 0.1
+        return LogSpace(-normal(D, seed=1).abs(), reset), torch.cat([pair, exponent[..., None]], -1)
+    matrix = normal(B, D, N, N, seed=300 + rank) / 2
+    return Dense(matrix, reset), normal(B, D, N, 2, seed=100 + rank)
+
+
+def leaves(transition: Transition, state: Tensor) -> tuple[Transition, Tensor, tuple[Tensor, ...]]:
+    inputs = tuple(tensor.clone().requires_grad_() for tensor in transition.inputs())
+    state = state.clone().requires_grad_()
+    return transition.with_inputs(inputs), state, (state, *inputs)
+
+
+def observe(kind: str, entering: Tensor, rank: int) -> Tensor:
+    """A scalar that depends on every number of the state."""
+    if kind == "log_space":  # as RWKV-4 reads it: a ratio, together with this token's own term
+        a, b, p = entering.unbind(-1)
+        k, v = 30 * normal(B, D, seed=900 + rank), normal(B, D, seed=950 + rank)
+        q = torch.maximum(p, k).detach()
+        return ((torch.exp(p - q) * a + torch.exp(k - q) * v) / (torch.exp(p - q) * b + torch.exp(k - q))).sum()
+    weight = normal(*entering.shape, seed=900 + rank)
+    if entering.is_complex():
+        return (entering.real * weight).sum() + (entering.imag * weight.flip(0)).sum()
+    return (entering * weight).sum()
+
+
+def split(
+    rank: int, world: int, kind: str, documents: object, strategy: str, node_size: int | None = None
+) -> tuple[Tensor, list[Tensor], int]:
+    ledger = CommunicationLedger()
+    shard = SequenceShard.split(LENGTH, None, documents, ledger=ledger, node_size=node_size)
+    transition, state = transition_of(kind, rank, shard.local_length, shard.reset_mask())
+    transition, state, tensors = leaves(transition, state)
+    entering = prefix_state(transition, state, shard, strategy=strategy)
+    observe(kind, entering, rank).backward()
+    sent = ledger.by_motion()["prefix_state.forward"].bytes_sent if world > 1 else 0
+    return entering.detach(), [tensor.grad for tensor in tensors], sent  # type: ignore[misc]
+
+
+def fold(world: int, kind: str, documents: list[list[int]] | None) -> list[tuple[Tensor | None, list[Tensor]]]:
+    """The same on one process, the recurrence written out in plain numbers."""
+    total = torch.zeros((), dtype=torch.float64)
+    entering, collected, states = None, [], []
+    for rank in range(world):
+        bounds = [LENGTH // world * r + min(r, LENGTH % world) for r in range(world + 1)]
+        tokens = bounds[rank + 1] - bounds[rank]
+        transition, state, tensors = leaves(*transition_of(kind, rank, tokens, None))
+        own = state
+        if kind == "log_space":
+            own = state[..., :2] * torch.exp(state[..., 2:])
+        if entering is None:
+            entering = torch.zeros_like(own)
+        states.append(None if kind == "log_space" else entering.detach())
+        if kind == "log_space":
+            assert isinstance(transition, LogSpace)
+            seen = torch.cat([entering, torch.zeros_like(entering[..., :1])], dim=-1)  # exponent 0: plain numbers
+            moved = entering * torch.exp(transition.log_decay_D * tokens)[:, None]
+        else:
+            seen, moved = entering, transition.apply(transition.travelling(), tokens, entering)
+        total = total + observe(kind, seen, rank)
+        if documents is not None:
+            rows = [any(bounds[rank] <= p < bounds[rank + 1] for p in row) for row in documents]
+            keep = torch.tensor([0.0 if reset else 1.0 for reset in rows], dtype=torch.float64)
+            moved = moved * keep.reshape(-1, *([1] * (moved.dim() - 1)))
+        entering = moved + own
+        collected.append(tensors)
+    total.backward()
+    grads = [[torch.zeros_like(t) if t.grad is None else t.grad for t in tensors] for tensors in collected]
+    return list(zip(states, grads, strict=True))
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_fold(kind: str, world: int, strategy: str) -> None:
+    for documents in DOCUMENTS if world == 3 else DOCUMENTS[1:2]:
+        expected = fold(world, kind, documents)
+        for (state, grads, _), (true_state, true_grads) in zip(
+            run_ranks(split, world, kind, documents, strategy), expected, strict=True
+        ):
+            assert true_state is None or relative_error(state, true_state) < 1e-12
+            for grad, true_grad in zip(grads, true_grads, strict=True):
+                assert relative_error(grad, true_grad) < 1e-12 or float((grad - true_grad).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("world", "node_size"), [(4, 2), (6, 2), (6, 3)])
+def test_two_levels_equal_fold(kind: str, world: int, node_size: int) -> None:
+    expected = fold(world, kind, DOCUMENTS[1])
+    got = run_ranks(split, world, kind, DOCUMENTS[1], "hierarchical", node_size)
+    for (state, grads, _), (true_state, true_grads) in zip(got, expected, strict=True):
+        assert true_state is None or relative_error(state, true_state) < 1e-12
+        for grad, true_grad in zip(grads, true_grads, strict=True):
+            assert relative_error(grad, true_grad) < 1e-12 or float((grad - true_grad).abs().max()) < 1e-12
+
+
+def test_negative_control_a_missing_reset_is_noticed() -> None:
+    expected = fold(3, "per_channel", None)
+    got = run_ranks(split, 3, "per_channel", DOCUMENTS[1], "all_gather")
+    errors = [relative_error(a[0], b[0]) for a, b in zip(got, expected, strict=True) if b[0] is not None]
+    assert max(errors) > 1e-3
+
+
+def test_bytes_do_not_grow_with_decays() -> None:
+    """Mamba-1 sends the state and D step sums: 8 (D N + D) bytes in float64 per receiver, never 2 D N."""
+    for _, _, sent in run_ranks(split, 2, "per_channel", None, "all_gather"):
+        assert sent == 8 * B * (D * N + D)
+    for _, _, sent in run_ranks(split, 2, "constant", None, "all_gather"):
+        assert sent == 8 * B * D * N
+
+
+def test_logarithmic_bytes_grow_with_log_p() -> None:
+    sent = [sent for _, _, sent in run_ranks(split, 8, "constant", None, "logarithmic")]
+    assert max(sent) == 3 * 8 * B * D * N
+
+
+def test_one_process_needs_no_group() -> None:
+    shard = SequenceShard.whole(LENGTH)
+    pending = begin_prefix_state(Constant(-torch.ones(D, N)), torch.ones(B, D, N), shard)
+    assert torch.equal(pending.wait(), torch.zeros(B, D, N))
+
+
+def test_unknown_strategy_is_named() -> None:
+    with pytest.raises(AssertionError, match="unknown prefix strategy 'teleport': choose auto, all_gather"):
+        run_ranks(split, 2, "constant", None, "teleport")

@@ -1,0 +1,80 @@
+"""Sampling: what may be chosen, and that the same seed says the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longstride.data import Corpus
+from longstride.models import build_model
+from longstride.parallel import SequenceShard
+from longstride.workers import ConfigError
+from longstride.workers.generate import SampleConfig, choose, continuation, prompt_tokens, sample_text
+
+from .tiny import TINY
+
+LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])  # probabilities .090 .665 .245 (and .0012)
+
+
+def chosen(config: SampleConfig, draws: int = 400) -> set[int]:
+    generator = torch.Generator().manual_seed(0)
+    return {choose(LOGITS, config, generator) for _ in range(draws)}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        (SampleConfig(temperature=0), {1}),
+        (SampleConfig(temperature=1, top_p=1, top_k=1), {1}),
+        (SampleConfig(temperature=1, top_p=1, top_k=2), {1, 2}),
+        (SampleConfig(temperature=1, top_p=0.5), {1}),
+        (SampleConfig(temperature=1, top_p=0.7), {1, 2}),
+        (SampleConfig(temperature=5, top_p=1), {0, 1, 2, 3}),
+        (SampleConfig(temperature=1e-6, top_p=1), {1}),
+    ],
+)
+def test_what_may_be_chosen(config: SampleConfig, tokens: set[int]) -> None:
+    assert chosen(config) == tokens
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.tensor([choose(LOGITS, SampleConfig(temperature=1, top_p=1), generator) for _ in range(4000)])
+    assert torch.bincount(draws, minlength=4) / 4000 == pytest.approx(LOGITS.softmax(0), abs=0.03)
+
+
+def test_the_likeliest_continuation_is_that_of_the_whole_sequence() -> None:
+    model = build_model(TINY["model"], dtype=torch.float64)
+    prompt = list(b"import os")
+    tokens = list(continuation(model, prompt, SampleConfig(tokens=10, temperature=0)))
+    for _ in range(2):
+        assert list(continuation(model, prompt, SampleConfig(tokens=10, temperature=0))) == tokens
+    whole = torch.tensor([prompt + tokens])
+    with torch.inference_mode():
+        best = model.logits(whole, SequenceShard.whole(whole.shape[1]))[0].argmax(-1).tolist()
+    assert best[len(prompt) - 1 : -1] == tokens
+
+
+def test_the_seed_decides() -> None:
+    model = build_model(TINY["model"])
+    first, second, other = (
+        list(continuation(model, [65], SampleConfig(tokens=20, temperature=1, seed=seed))) for seed in (1, 1, 2)
+    )
+    assert first == second != other
+
+
+def test_prompts() -> None:
+    corpus = Corpus.open("python-source")
+    assert bytes(prompt_tokens(corpus, "def é")) == "def é".encode()
+    held_out = prompt_tokens(corpus, None)
+    assert held_out == corpus.read("validation", 0, 32).tolist()
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        prompt_tokens(corpus, "")
+    sample = sample_text(build_model(TINY["model"]), corpus, SampleConfig(prompt="x = ", tokens=3))
+    assert sample.prompt == "x = "
+
+
+def test_too_long_a_text_is_one_line() -> None:
+    model = build_model(TINY["model"])
+    with pytest.raises(ConfigError, match=r"exceed the model's 64 positions; set sample\.tokens=60"):
+        list(continuation(model, [1, 2, 3, 4], SampleConfig(tokens=100)))

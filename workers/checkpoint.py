@@ -1,0 +1,247 @@
+"""Sharded checkpoints: every process writes its own part, a manifest written last makes it a checkpoint.
+
+What is saved: parameters and buffers, both moments of the optimiser, and every process's random state, as tensors in
+torch.distributed.checkpoint's (DCP) format; step, tokens and the position in the data's global order in the
+manifest. The learning rate follows from the step. DTensor placements let it be loaded onto any other degrees.
+
+All traffic between processes runs over a gloo group of its own, so that saving may run beside training in a thread:
+on the training's group the two would wait for each other's messages.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+from .configuration import Settings
+from .dcp_storage import DigestingWriter, RestrictedReader
+from .manifest import (
+    MANIFEST_FILE,
+    Checkpoint,
+    Manifest,
+    explain_none,
+    list_checkpoints,
+    new_checkpoint,
+    prune,
+    rejection,
+)
+from .optimization import ShardedAdamW, local
+from .random_state import random_state, set_random_state
+from .run_directory import RunDirectory
+
+MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random.rank-"
+ResultT = TypeVar("ResultT")
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written and how many stay.
+
+    Attributes:
+        every: steps between checkpoints; 0 means only at the end.
+        keep: how many of the newest complete ones stay; 0 means all.
+        asynchronous: write beside training, which waits only for a copy in memory.
+    """
+
+    every: int = Field(default=0, ge=0)
+    keep: int = Field(default=2, ge=0)
+    asynchronous: bool = True
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written; the message is one line."""
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run; every process of the run has one and calls it alike.
+
+    Args:
+        model, optimizer: whose tensors are saved and, at a load, overwritten in place.
+    """
+
+    def __init__(
+        self, run: RunDirectory, config: CheckpointConfig, model: nn.Module, optimizer: ShardedAdamW | None = None
+    ) -> None:
+        self.run, self.config = run, config
+        self.model, self.optimizer = model, optimizer
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.group = gloo_group()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.last_saved: str | None = None
+
+    def save(self, progress: Manifest, *, wait: bool = True) -> None:
+        """Saves a checkpoint; `progress` is its manifest without the files.
+
+        With `wait` it is committed when this returns. Without, it is written by a thread after a copy was made; the
+        next save, or `wait`, ends after it. Raises CheckpointError on every process when it cannot be written, also
+        for the one before that was written beside training.
+        """
+        self.wait()
+        tensors = {**self._tensors(), f"{RANDOM}{self.rank}": random_state()}
+        if wait:
+            self._write(tensors, progress)
+            return
+        staged = {name: _copy(tensor) for name, tensor in tensors.items()}
+        self._thread = threading.Thread(target=self._write_aside, args=(staged, progress), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises CheckpointError if that failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def latest(self) -> tuple[Checkpoint, Manifest, list[str]]:
+        """The newest checkpoint that is whole, and one line for every newer one that is not.
+
+        All processes share the reading and come to the same answer. Raises ValueError when there is none.
+        """
+        rejected: list[str] = []
+        for name in self._from_first(lambda: [found.name for found in reversed(list_checkpoints(self.run))]):
+            checkpoint = Checkpoint(self.run, name)
+            shares = self._gather(checkpoint.problems(self.rank, self.world_size))
+            problems = [problem for share in shares for problem in share]
+            if not problems:
+                return checkpoint, checkpoint.read_manifest(), rejected
+            rejected.append(rejection(checkpoint, problems))
+        raise ValueError(explain_none(self.run, rejected))
+
+    def load(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        """Overwrites model, optimiser and random state. Call it with what `latest` returned.
+
+        Raises ValueError when the checkpoint holds another model.
+        """
+        reader = RestrictedReader(checkpoint.storage.url)
+        tensors = self._tensors()
+        saved = reader.read_metadata().state_dict_metadata
+        check_fit(tensors, saved, checkpoint.name)
+        own = f"{RANDOM}{self.rank}"
+        stored = saved.get(own)
+        # Another number of processes has no random state of its own in the checkpoint: it keeps its fresh one.
+        if manifest.world_size == self.world_size and isinstance(stored, TensorStorageMetadata):
+            tensors[own] = torch.empty(stored.size, dtype=torch.uint8)
+        load(tensors, storage_reader=reader, process_group=self.group)
+        if own in tensors:
+            set_random_state(tensors[own])
+        if self.optimizer is not None:
+            self.optimizer.steps = manifest.step
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything but random state, as aliases of the live tensors."""
+        return model_tensors(self.model) | optimizer_tensors(self.optimizer)
+
+    def _write_aside(self, tensors: dict[str, Tensor], progress: Manifest) -> None:
+        try:
+            self._write(tensors, progress)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, tensors: dict[str, Tensor], progress: Manifest) -> None:
+        name = self._from_first(lambda: new_checkpoint(self.run, progress.step).name)
+        checkpoint = Checkpoint(self.run, name)
+        writer = DigestingWriter(checkpoint.storage)
+        try:
+            save(tensors, storage_writer=writer, process_group=self.group)
+        except CheckpointException as error:
+            rank, cause = next(iter(error.failures.items()))
+            raise CheckpointError(f"checkpoint {name} was not written (process {rank}: {cause[0]})") from error
+        files: dict[str, dict[str, Any]] = {}
+        for written in self._gather(writer.digests()):
+            files |= written
+        self._from_first(lambda: self._commit(checkpoint, replace(progress, files=files)))
+        self.last_saved = name
+
+    def _commit(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        for name, file in manifest.files.items():
+            length = checkpoint.storage.size(name)
+            if length != file["bytes"]:
+                raise OSError(f"{name} has {length} bytes after {file['bytes']} were written")
+        checkpoint.storage.write_text(MANIFEST_FILE, manifest.to_json())
+        prune(self.run, self.config.keep)
+
+    def _from_first(self, work: Callable[[], ResultT]) -> ResultT:
+        """What `work` returns on the first process, on all; CheckpointError on all when it fails."""
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                outcome[1] = f"checkpoints of run {self.run.name}: {error or type(error).__name__}"
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[1] is not None:
+            raise CheckpointError(outcome[1])
+        return outcome[0]
+
+    def _gather(self, value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
+
+def gloo_group() -> dist.ProcessGroup:
+    """A new group of all processes for traffic of its own, on the CPU. All processes call it, in the same order."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their name in a checkpoint, as aliases."""
+    return {f"{MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def optimizer_tensors(optimizer: ShardedAdamW | None) -> dict[str, Tensor]:
+    """The optimiser's moments by their name in a checkpoint, as aliases."""
+    return {} if optimizer is None else {f"{OPTIMIZER}{k}": tensor for k, tensor in optimizer.state_dict().items()}
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """The weights alone, whole, into a model on this one process; no process group takes part.
+
+    Raises ValueError when the checkpoint holds another model. It reads what is there: verify it first.
+    """
+    reader = RestrictedReader(checkpoint.storage.url)
+    tensors = model_tensors(model)
+    check_fit(tensors, reader.read_metadata().state_dict_metadata, checkpoint.name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        load(tensors, storage_reader=reader, no_dist=True)
+
+
+def check_fit(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], name: str) -> None:
+    """ValueError unless the checkpoint holds every one of `tensors` in its shape, and no other parameter."""
+    for key, tensor in tensors.items():
+        stored = saved.get(key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise ValueError(f"checkpoint {name} does not fit the model: it has no {key}")
+        if stored.size != tensor.shape:
+            raise ValueError(
+                f"checkpoint {name} does not fit the model: {key} is {tuple(stored.size)} there and "
+                f"{tuple(tensor.shape)} here"
+            )
+    extra = [key for key in saved if key.startswith(MODEL) and key not in tensors]
+    if extra:
+        raise ValueError(f"checkpoint {name} does not fit the model: the model has no {extra[0]}")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy in host memory, placed like the original."""
+    copied = local(tensor).to("cpu", copy=True)
+    # from_local would move the copy back to the mesh's device
+    return DTensor(copied, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copied

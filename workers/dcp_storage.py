@@ -1,0 +1,142 @@
+"""Storage of torch.distributed.checkpoint (DCP) through fsspec, made fit to be trusted.
+
+DCP's own reader and writer (torch 2.13) check nothing: a flipped byte loads silently, a half-written object of a
+failed upload stays in place, and `.metadata` is a pickle that may run anything. Here the writer digests every byte on
+its way out, and the reader builds only DCP's own types.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+import torch
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from .storage import Storage
+
+_METADATA_CLASSES = frozenset(
+    {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    }
+)
+_READ_SIZE = 1 << 20
+
+
+def digest_file(storage: Storage, name: str) -> dict[str, Any]:
+    """{"bytes": length, "sha256": hexadecimal digest} of a file as it lies in storage."""
+    sha256, length = hashlib.sha256(), 0
+    with storage.open(name, "rb") as stream:
+        while block := stream.read(_READ_SIZE):
+            sha256.update(block)
+            length += len(block)
+    return {"bytes": length, "sha256": sha256.hexdigest()}
+
+
+class DigestingWriter(FsspecWriter):
+    """FsspecWriter that knows the length and SHA-256 of everything this process wrote.
+
+    The location goes to the writer alone: given a `checkpoint_id` too, DCP opens it again without its options. A
+    directory is written once; files are synced where the file system has files and not only objects.
+    """
+
+    def __init__(self, storage: Storage, threads: int = 1) -> None:
+        super().__init__(storage.url, sync_files=storage.local, overwrite=False, thread_count=threads)
+        self._digesting = _DigestingFileSystem()
+        self.fs = self._digesting
+        self.path = self.fs.init_path(storage.url)
+
+    def digests(self) -> dict[str, dict[str, Any]]:
+        """By file name, what this process wrote."""
+        return {
+            path.rsplit("/", 1)[-1]: {"bytes": stream.length, "sha256": stream.sha256.hexdigest()}
+            for path, stream in self._digesting.written.items()
+        }
+
+
+class RestrictedReader(FsspecReader):
+    """FsspecReader whose `.metadata` may hold nothing but DCP's own descriptions of tensors."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(), "rb") as stream:
+            metadata = _RestrictedUnpickler(io.BytesIO(cast("IO[bytes]", stream).read())).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError("the checkpoint's .metadata does not describe a checkpoint")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = (
+            (module == "torch.distributed.checkpoint.metadata" and name in _METADATA_CLASSES)
+            or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+            or (module, name) == ("torch.serialization", "_get_layout")
+            or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)))
+        )
+        if not allowed:
+            raise pickle.UnpicklingError(f"the checkpoint's .metadata asks for {module}.{name}; it is not loaded")
+        return super().find_class(module, name)
+
+
+class _DigestingFileSystem(FileSystem):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[str, _DigestingStream] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        with super().create_stream(path, mode) as stream:
+            if "w" not in mode:
+                yield stream
+                return
+            digesting = _DigestingStream(cast("IO[bytes]", stream))
+            yield cast("io.IOBase", digesting)
+            self.written[os.fspath(path)] = digesting
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.written[os.fspath(new_path)] = self.written.pop(os.fspath(path))
+
+
+class _DigestingStream:
+    """What DCP uses of a file open for writing; DCP writes in order and never seeks."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.sha256 = hashlib.sha256()
+        self.length = 0
+
+    def write(self, block: bytes | bytearray | memoryview) -> int:
+        view = memoryview(block).cast("B")
+        self._stream.write(view)
+        self.sha256.update(view)
+        self.length += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self.length
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        self._stream.close()

@@ -1,0 +1,155 @@
+"""The whole configuration of a run: the sections that live with their code, composed and checked together.
+
+workers: 2
+seed: 0
+run: {directory: runs, name: null}
+model: mamba-small            # a preset's name, or a full description
+data: {corpus: python-source, context: 8192, batch: 4}
+parallel: {data: auto, sequence: 2, expert: auto}
+train: {steps: 1000, learning_rate: 1.0e-3}
+checkpoint: {every: 200}
+tracking: {uri: null}
+sample: {prompt: "def "}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, model_validator
+
+from ..data import Corpus, DataConfig
+from ..models import ModelConfig, load_preset
+from ..parallel import Degrees, MeshConfig
+from .checkpoint import CheckpointConfig
+from .configuration import ConfigError, Settings, Tree, apply_overrides, parse_yaml, validate
+from .generate import SampleConfig
+from .optimization import TrainConfig
+from .run_directory import RunConfig, RunDirectory
+from .storage import Storage
+from .tracking import TrackingConfig
+
+
+def _preset(model: Any) -> Any:
+    """A preset's name stands for its full description."""
+    return load_preset(model) if isinstance(model, str) else model
+
+
+class Experiment(Settings):
+    """Everything that defines a run. See the module's text for an example, and each section's class for its keys.
+
+    Attributes:
+        workers: how many processes.
+        seed: of initial values, data order and random numbers.
+        model: a preset's name or a full description.
+    """
+
+    workers: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
+    run: RunConfig = RunConfig()
+    model: Annotated[ModelConfig, BeforeValidator(_preset)]
+    data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}))
+    parallel: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    sample: SampleConfig = SampleConfig()
+
+    @classmethod
+    def load(cls, path: str, overrides: Sequence[str] = ()) -> Experiment:
+        """The experiment in the YAML file at `path` (a path or URL) with `key=value` overrides put in.
+
+        Raises ConfigError (a ValueError) of one line: a file that cannot be read, an unknown key (with the nearest
+        valid name), a wrong type, an impossible combination.
+        """
+        tree = apply_overrides(parse_yaml(_read(path), path), overrides, expand_preset)
+        run = tree.setdefault("run", {})
+        if isinstance(run, dict) and run.get("name") is None:
+            run["name"] = default_name(path)
+        return validate(cls, tree)
+
+    @classmethod
+    def resume(cls, run: RunDirectory, overrides: Sequence[str] = ()) -> Experiment:
+        """The experiment of an existing run with overrides put in; what would make it another run is refused."""
+        tree = parse_yaml(run.read_experiment(), f"{run.url}/experiment.yaml")
+        before = validate(cls, tree)
+        after = validate(cls, apply_overrides(tree, overrides))
+        for key in ("seed", "model", "data.corpus", "run.name"):
+            if _get(before, key) != _get(after, key):
+                raise ConfigError(f"{key} cannot change when a run is resumed; start a new run with `longstride train`")
+        # The directory may have moved since the run was made.
+        parent = run.url.rsplit("/", 1)[0]
+        return after.model_copy(update={"run": RunConfig(directory=parent, name=run.name)})
+
+    def to_yaml(self) -> str:
+        """The resolved experiment; `Experiment.load` reads it again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def open_corpus(self) -> Corpus:
+        """The corpus, checked against the model. ValueError: there is none, or its tokens exceed the vocabulary."""
+        corpus = self.data.open()
+        if corpus.vocab_size > self.model.vocab_size:
+            raise ConfigError(
+                f"data.corpus={self.data.corpus} has token ids below {corpus.vocab_size}, more than "
+                f"model.vocab_size={self.model.vocab_size}; set model.vocab_size={corpus.vocab_size}"
+            )
+        return corpus
+
+    @property
+    def degrees(self) -> Degrees:
+        """The parallel degrees with every `auto` replaced by a number."""
+        return self.parallel.resolve(self.workers, self.model.num_experts)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Experiment:
+        degrees, context, batch = self.degrees, self.data.context, self.data.batch
+        if context % degrees.sequence:
+            below = context // degrees.sequence * degrees.sequence
+            choices = [str(length) for length in (below, below + degrees.sequence) if length > 0]
+            raise ConfigError(
+                f"data.context={context} does not divide over parallel.sequence={degrees.sequence}; "
+                f"the nearest that does is data.context={' or '.join(choices)}"
+            )
+        copies = degrees.data * degrees.replicate
+        above = -(-batch // copies) * copies
+        if batch % copies:
+            raise ConfigError(
+                f"data.batch={batch} does not divide over {copies} groups of processes (parallel.data="
+                f"{degrees.data} x parallel.replicate={degrees.replicate}); set data.batch={above}"
+            )
+        return self
+
+
+def expand_preset(path: str, value: Any) -> Tree | None:
+    """A model named by its preset, written out for an override that reaches into it (`model.width=64`)."""
+    return load_preset(value).model_dump(mode="json") if path == "model" and isinstance(value, str) else None
+
+
+def default_name(path: str) -> str:
+    """A run's name from its config's file name and the time (UTC)."""
+    stem = PurePosixPath(path).stem
+    safe = "".join(letter if (letter.isalnum() and letter.isascii()) or letter in "-_" else "-" for letter in stem)
+    return f"{safe.strip('-_') or 'run'}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S')}"
+
+
+def _read(path: str) -> str:
+    try:
+        return Storage(path).read_text("")
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {path}; the shipped ones are in configs/") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a directory; name the YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _get(settings: Any, path: str) -> Any:
+    for key in path.split("."):
+        settings = getattr(settings, key)
+    return settings

@@ -1,0 +1,168 @@
+"""One process of a run from start to finish, and what precedes all of them.
+
+Whoever starts the processes (torchrun, Ray's actors, nobody when there is one) first calls `create_run` or
+`reopen_run` once, where the user can be told what is wrong, and then `train_process` in every process.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, Store  # pyright: ignore[reportPrivateImportUsage]
+
+from ..models import build_model
+from ..parallel import Mesh
+from .configuration import ConfigError
+from .evaluate import load_run
+from .experiment import Experiment
+from .generate import Sample, prompt_tokens, sample_text
+from .manifest import explain_none, list_checkpoints
+from .reporting import Reporter, Silent, Summary
+from .run_directory import RunDirectory, code_version
+from .tracking import MlflowSink, Tracker, tracking_uri
+from .trainer import Trainer
+
+# A process that waits longer than this for another gives up.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def create_run(experiment: Experiment) -> RunDirectory:
+    """Checks what can be checked before anything starts, and makes the run's directory. ValueError of one line."""
+    check(experiment)
+    assert experiment.run.name is not None, "Experiment.load gives every run a name"
+    return RunDirectory.create(experiment.run.directory, experiment.run.name, experiment.to_yaml())
+
+
+def reopen_run(run: RunDirectory, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a run that goes on, overrides put in and kept in its directory. ValueError of one line."""
+    experiment = Experiment.resume(run, overrides)
+    check(experiment)
+    committed = [checkpoint for checkpoint in list_checkpoints(run) if checkpoint.committed]
+    if not committed:
+        unfinished = [f"{found.name}: {found.problems()[0]}" for found in list_checkpoints(run)]
+        raise ConfigError(explain_none(run, unfinished))
+    if committed[-1].step >= experiment.train.steps:
+        raise ConfigError(
+            f"run {run.name} has made all its {experiment.train.steps} steps; go on with "
+            f"train.steps={2 * experiment.train.steps}"
+        )
+    run.write_experiment(experiment.to_yaml())
+    return experiment
+
+
+def check(experiment: Experiment) -> None:
+    """ValueError of one line for what the settings alone do not show: data, vocabulary, lengths, prompt."""
+    corpus = experiment.open_corpus()
+    experiment.data.training(corpus, seed=experiment.seed).close()
+    experiment.data.validation(corpus)
+    longest = build_model(experiment.model, device="meta").max_length
+    if longest is not None and experiment.data.context > longest:
+        raise ConfigError(f"data.context={experiment.data.context} exceeds the {longest} positions of the model")
+    prompt_tokens(corpus, experiment.sample.prompt)
+
+
+def train_process(
+    experiment: Experiment,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    run: str | None = None,
+    store: Store | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+    resume: bool = False,
+    stop: threading.Event | None = None,
+) -> Summary | None:
+    """Trains as process `rank` of `world_size`; the summary on rank 0, None elsewhere.
+
+    Args:
+        run: the run's directory, made before by `create_run`; where the experiment says by default.
+        store: where the processes meet. By default nothing for one process, torchrun's environment for several.
+        device: "cpu" or "cuda"; a GPU where there is one by default. With several, LOCAL_RANK says which.
+        threads: for arithmetic on the CPU; this process's share of the cores by default.
+        reporter: told what happens, on rank 0.
+        resume: continue the run from its newest whole checkpoint.
+        stop: once set on any process, all end after the step at hand with a checkpoint.
+
+    Raises ValueError (a user's mistake), TrainingError, CheckpointError; RuntimeError when another process is lost.
+    """
+    directory = RunDirectory(run or f"{experiment.run.directory.rstrip('/')}/{experiment.run.name}")
+    reporter = reporter or Silent()
+    tracker = _tracker(experiment, directory) if rank == 0 and experiment.tracking.enabled else None
+    status, left_behind = "FAILED", None
+    try:
+        with process_group(rank, world_size, store, device, threads) as own_device:
+            mesh = Mesh(**asdict(experiment.degrees), device=own_device)
+            trainer = Trainer(experiment, mesh, directory, reporter, tracker=tracker, stop=stop)
+            if resume:
+                trainer.restore()
+            began = time.monotonic()
+            status = "FINISHED" if trainer.train() else "KILLED"
+            seconds = time.monotonic() - began
+    finally:
+        if tracker is not None:
+            left_behind = tracker.close(status, experiment.tracking.patience)
+    if rank != 0:
+        return None
+    sample = _sample(directory, experiment) if status == "FINISHED" else Sample("", "")
+    summary = Summary(
+        name=directory.name,
+        url=directory.url,
+        step=trainer.step_count,
+        steps=experiment.train.steps,
+        tokens=trainer.tokens,
+        finished=status == "FINISHED",
+        loss=trainer.last_record.loss if trainer.last_record else None,
+        validation_loss=trainer.validation_loss,
+        seconds=seconds,
+        prompt=sample.prompt,
+        sample=sample.text,
+        tracking_uri=tracking_uri(experiment.tracking, directory) if experiment.tracking.enabled else None,
+        notes=[left_behind] if left_behind else [],
+    )
+    reporter.finished(summary)
+    return summary
+
+
+@contextmanager
+def process_group(
+    rank: int, world_size: int, store: Store | None, device: str | None, threads: int | None
+) -> Iterator[str]:
+    """torch.distributed over the run's processes (gloo; NCCL beside it on GPUs); the own device's name is the value."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
+    backend, name = "gloo", device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        backend, name = "cpu:gloo,cuda:nccl", f"cuda:{_local_gpu()}"
+        torch.cuda.set_device(name)
+    if store is None and world_size == 1:
+        store = HashStore()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield name
+    finally:
+        dist.destroy_process_group()
+
+
+def _local_gpu() -> int:
+    """LOCAL_RANK's GPU; the first where a process sees only its own (as Ray arranges it)."""
+    return int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+
+
+def _tracker(experiment: Experiment, run: RunDirectory) -> Tracker:
+    settings = experiment.model_dump(mode="json")
+    return Tracker(run, MlflowSink(run, experiment.tracking, settings, code_version()))
+
+
+def _sample(run: RunDirectory, experiment: Experiment) -> Sample:
+    trained = load_run(run, experiment)
+    return sample_text(trained.model, trained.corpus, experiment.sample)

@@ -1,0 +1,163 @@
+"""How parameters are updated: AdamW, which parameters decay, and the learning rate over time.
+
+Learning rate: linear warm-up, then half a cosine down to `learning_rate * final_fraction` (Loshchilov & Hutter
+2017, as in every recipe of models.md section 13). The rate is a function of the step alone, so a resumed run
+needs no schedule state.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from ..models.parameters import weight_decayed
+from .configuration import Settings
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+class TrainConfig(Settings):
+    """The optimisation of a run.
+
+    Attributes:
+        steps: optimiser steps in the whole run.
+        dtype: float32; float64; or bfloat16, where weights and moments stay float32 and arithmetic is bfloat16.
+        learning_rate: at the end of the warm-up.
+        final_fraction: the last step's learning rate as a share of `learning_rate`.
+        warmup: steps of linear warm-up.
+        weight_decay: AdamW's, on the parameters that declare it: matrices, not norms, biases or state-space parameters.
+        betas: AdamW's moment decays.
+        epsilon: AdamW's.
+        clip: largest global gradient norm; 0 means no clipping.
+        validate_every: steps between validations; 0 means only at the end.
+    """
+
+    steps: int = Field(default=1000, ge=1)
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    warmup: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(default=1e-8, gt=0)
+    clip: float = Field(default=1.0, ge=0)
+    validate_every: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.warmup >= self.steps and self.warmup > 0:
+            raise ValueError(
+                f"train.warmup={self.warmup} leaves nothing of train.steps={self.steps}; warm up for fewer steps"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas={list(self.betas)}: both must lie in [0, 1)")
+        return self
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """What weights and moments are kept in."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """What FSDP casts parameters to for the arithmetic; None: as they are kept."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else None
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of step `step`, counted from 1."""
+    if step <= config.warmup:
+        return config.learning_rate * step / config.warmup
+    remaining = max(1, config.steps - config.warmup)
+    progress = min(1.0, (step - config.warmup) / remaining)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * cosine)
+
+
+class ShardedAdamW:
+    """AdamW (Loshchilov & Hutter 2019) on the local shards of a model's parameters.
+
+    The update is elementwise, so it needs no communication and no DTensor arithmetic: one fused call works on the
+    plain local tensors, several times faster than dispatching every operation through DTensor. Moments are wrapped
+    again with their parameter's placements for checkpoints, which can then be loaded onto other degrees.
+
+    Make it after sharding, from the parameters that will be stepped. Parameters without a gradient are left alone.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.config = config
+        self.steps = 0
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._exp_avg = {name: torch.zeros_like(local(p)) for name, p in self.parameters.items()}
+        self._exp_avg_sq = {name: torch.zeros_like(local(p)) for name, p in self.parameters.items()}
+        self._decayed = weight_decayed(model)
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """One update with learning rate `rate`."""
+        for decayed in (True, False):
+            names = [name for name, p in self.parameters.items() if self._steps_now(name, p, decayed)]
+            if names:
+                self._update(names, rate, self.config.weight_decay if decayed else 0.0)
+        self.steps += 1
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Moments by name, placed as their parameters are. The tensors alias the optimiser's own."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"exp_avg.{name}"] = like(self._exp_avg[name], parameter)
+            tensors[f"exp_avg_sq.{name}"] = like(self._exp_avg_sq[name], parameter)
+        return tensors
+
+    def _steps_now(self, name: str, parameter: nn.Parameter, decayed: bool) -> bool:
+        # A process may hold no element of a small parameter.
+        return (name in self._decayed) == decayed and parameter.grad is not None and local(parameter).numel() > 0
+
+    def _update(self, names: list[str], rate: float, weight_decay: float) -> None:
+        gradients = [self.parameters[name].grad for name in names]
+        adamw(
+            [local(self.parameters[name]) for name in names],
+            [local(gradient) for gradient in gradients if gradient is not None],
+            [self._exp_avg[name] for name in names],
+            [self._exp_avg_sq[name] for name in names],
+            [],
+            list(torch.full((len(names),), float(self.steps)).unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=self.config.betas[0],
+            beta2=self.config.betas[1],
+            lr=rate,
+            weight_decay=weight_decay,
+            eps=self.config.epsilon,
+            maximize=False,
+        )
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor (an alias, not a copy); a plain tensor as it is."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def like(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`shard` as a DTensor placed as `parameter` is; as it is where the parameter is not distributed."""
+    if not isinstance(parameter, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

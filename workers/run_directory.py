@@ -1,0 +1,181 @@
+"""The directory of one run, at any fsspec URL (a path, s3://bucket/runs, memory://runs).
+
+experiment.yaml     the resolved settings
+run.json            name, MLflow run id, parents, code version, one entry for every start
+metrics.jsonl       one object a step (see metrics.py)
+checkpoints/        step-00000200/ and so on (see checkpoint.py)
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+import subprocess
+import threading
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import field_validator
+
+from .configuration import Settings
+from .metrics import MetricsLog
+from .storage import Storage
+
+EXPERIMENT_FILE = "experiment.yaml"
+INFO_FILE = "run.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class RunConfig(Settings):
+    """Where a run is kept.
+
+    Attributes:
+        directory: path or URL below which every run has its own directory.
+        name: the run's name; from the config's name and the time (UTC) when not given.
+    """
+
+    directory: str = "runs"
+    name: str | None = None
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _name_stays_inside(cls, name: Any) -> str | None:
+        return None if name is None else check_name(str(name))
+
+    @field_validator("directory")
+    @classmethod
+    def _directory_holds_no_secret(cls, directory: str) -> str:
+        if not directory:
+            raise ValueError("run.directory is empty; give a path or a URL")
+        return refuse_credentials("run.directory", directory, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+
+
+class RunDirectory:
+    """One run's directory. Opening it does not touch the file system; `create` does."""
+
+    def __init__(self, url: str) -> None:
+        self.storage = Storage(url)
+        self.name = self.storage.url.rsplit("/", 1)[-1]
+        self.metrics = MetricsLog(self.storage)
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return self.storage.url
+
+    @classmethod
+    def create(cls, directory: str, name: str, experiment_yaml: str, **info: Any) -> RunDirectory:
+        """Makes `directory/name` with experiment.yaml and run.json.
+
+        Raises ValueError when the run exists already or the place cannot be written.
+        """
+        run = cls(f"{directory.rstrip('/')}/{check_name(name)}")
+        try:
+            if run.exists():
+                raise ValueError(
+                    f"run.name={name} exists already in {directory}: continue it with `longstride resume {run.url}` "
+                    "or choose another run.name"
+                )
+            run.storage.make()
+            created = {"name": name, "created": timestamp(), "code_version": code_version(), "parents": []}
+            run.storage.write_text(INFO_FILE, json.dumps(created | info, indent=2) + "\n")
+            run.storage.write_text(EXPERIMENT_FILE, experiment_yaml)
+        except ValueError:
+            raise
+        except Exception as error:  # every file system has its own family of errors
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0] or type(error).__name__
+            raise ValueError(
+                f"run.directory={directory} cannot be written: {reason}; choose another with run.directory=PATH"
+            ) from error
+        return run
+
+    def exists(self) -> bool:
+        return self.storage.exists(EXPERIMENT_FILE)
+
+    def read_experiment(self) -> str:
+        """The text of experiment.yaml."""
+        return self.storage.read_text(EXPERIMENT_FILE)
+
+    def write_experiment(self, text: str) -> None:
+        self.storage.write_text(EXPERIMENT_FILE, text)
+
+    def read_info(self) -> dict[str, Any]:
+        """The content of run.json; empty when there is none."""
+        return json.loads(self.storage.read_text(INFO_FILE)) if self.storage.exists(INFO_FILE) else {}
+
+    def update_info(self, **values: Any) -> None:
+        """Sets keys of run.json. One process writes it (rank 0); its threads may."""
+        with self._lock:
+            self.storage.write_text(INFO_FILE, json.dumps(self.read_info() | values, indent=2) + "\n")
+
+    def record_start(self, step: int, workers: int, degrees: dict[str, int]) -> None:
+        """Adds an entry to run.json: from which step, with how many processes, which code."""
+        starts = self.read_info().get("starts", [])
+        entry = {"time": timestamp(), "step": step, "workers": workers, "parallel": degrees}
+        self.update_info(starts=[*starts, entry | {"code_version": code_version()}])
+
+
+def list_runs(directory: str) -> list[RunDirectory]:
+    """The runs directly below `directory`, by name."""
+    names = Storage(directory).directories()
+    runs = [RunDirectory(f"{directory.rstrip('/')}/{name}") for name in names]
+    return [run for run in runs if run.exists()]
+
+
+def find_run(name_or_path: str, directory: str = "runs") -> RunDirectory:
+    """The run at a path or URL, or of that name below `directory`. ValueError names the nearest if there is none."""
+    for url in (name_or_path, f"{directory.rstrip('/')}/{name_or_path}"):
+        run = RunDirectory(url.rstrip("/"))
+        if run.exists():
+            return run
+    names = [run.name for run in list_runs(directory)]
+    nearest = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"{directory} holds {', '.join(names[-5:]) or 'no runs'}"
+    raise ValueError(f"no run {name_or_path!r}: neither a path nor a name in {directory}; {hint}")
+
+
+def check_name(name: str) -> str:
+    """`name` if it can be a directory's name that stays where it is put; ValueError otherwise."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise ValueError(
+            f"run.name={name!r} cannot be used: letters, digits, '.', '_' and '-' only, beginning with a letter or "
+            "digit, no '..', at most 128"
+        )
+    return name
+
+
+def refuse_credentials(key: str, url: str, variables: str) -> str:
+    """`url` unless it carries a user or password: settings are written to the run directory and the tracker."""
+    if re.match(r"[A-Za-z0-9+.-]+://[^/?#]*@", url):
+        raise ValueError(f"{key} holds credentials; take them out of the URL and set {variables} instead")
+    return url
+
+
+@functools.cache
+def code_version() -> str:
+    """The package's version with the commit it was run from, marked when files differ from it. Found out once."""
+    version = metadata.version("longstride")
+    root = Path(__file__).resolve().parent.parent
+    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    if not commit or not (root / ".git").exists():
+        return version
+    return f"{version}+{commit}" + (".modified" if _git(root, "status", "--porcelain") else "")
+
+
+def timestamp() -> str:
+    """Now, in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""

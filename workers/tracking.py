@@ -1,0 +1,197 @@
+"""MLflow as a mirror of metrics.jsonl: fed from a thread, never waited for, able to catch up later.
+
+The first process hands every record over and goes on. A thread sends them in batches; what it cannot send (no
+server, a slow one) stays in metrics.jsonl and is replayed from there, in this run or by `send_all` afterwards. Where to
+go on is read from the tracker itself: the metric `step`, sent with every record.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import Field, field_validator
+
+from .configuration import Settings
+from .metrics import StepRecord, read_records
+from .run_directory import RunDirectory, refuse_credentials
+from .storage import Storage
+
+QUEUE_LENGTH = 10_000
+BATCH_LENGTH = 100
+SEND_INTERVAL = 2.0
+LONGEST_PAUSE = 60.0
+
+
+class TrackingConfig(Settings):
+    """Where a run is mirrored to.
+
+    Attributes:
+        enabled: whether at all.
+        uri: of an MLflow tracking server (http://...) or store (sqlite:///...); an embedded sqlite store beside the
+            runs when not given. Credentials: MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN.
+        experiment: MLflow's name for a group of runs.
+        patience: seconds to wait at the end of training for records not yet sent.
+    """
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = Field(default="longstride", min_length=1)
+    patience: float = Field(default=30.0, ge=0)
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_secret(cls, uri: str | None) -> str | None:
+        variables = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return None if uri is None else refuse_credentials("tracking.uri", uri, variables)
+
+
+class Sink(Protocol):
+    """Where records go. Every method may fail or take long."""
+
+    def connect(self) -> int:
+        """Opens or continues the run; the last step it has."""
+        ...
+
+    def send(self, records: list[StepRecord]) -> None: ...
+
+    def finish(self, records: list[StepRecord], status: str) -> None:
+        """Adds what describes the whole run (the loss curve) and ends it."""
+        ...
+
+
+class Tracker:
+    """Sends records to a sink from a thread. `record` takes microseconds whatever the sink does."""
+
+    def __init__(self, run: RunDirectory, sink: Sink, *, interval: float = SEND_INTERVAL) -> None:
+        self.run, self.sink, self.interval = run, sink, interval
+        self.sent_until = -1  # last step that the sink has; -1 before it is connected
+        self.failures = 0
+        self.last_failure = ""
+        self._queue: deque[StepRecord] = deque(maxlen=QUEUE_LENGTH)
+        self._newest = 0
+        self._closing = threading.Event()
+        self._status = "FINISHED"
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def record(self, record: StepRecord) -> None:
+        """Hands over one record, which is in metrics.jsonl already."""
+        self._queue.append(record)  # a full queue drops its oldest: it will be replayed from the log
+        self._newest = record.step
+
+    def close(self, status: str = "FINISHED", patience: float = 30.0) -> str | None:
+        """Sends the rest for at most `patience` seconds; a line about what could not be sent, None if nothing."""
+        self._status = status
+        self._closing.set()
+        self._thread.join(patience)
+        if not self._thread.is_alive() and not self.last_failure:
+            return None
+        cause = f" ({self.last_failure})" if self.last_failure else ""
+        behind = max(0, self._newest - max(0, self.sent_until))
+        return f"tracking: {behind} of {self._newest} steps are not in MLflow{cause}; metrics.jsonl has them all"
+
+    def _work(self) -> None:
+        pause = 0.0
+        while True:
+            closing = self._closing.wait(pause)
+            try:
+                if self.sent_until < 0:
+                    self.sent_until = self.sink.connect()
+                self._send()
+                if closing:
+                    self.sink.finish(list(read_records(self.run.storage)), self._status)
+                self.last_failure = ""
+                pause = self.interval
+            except Exception as error:
+                self.failures += 1
+                self.last_failure = one_line(error)
+                pause = min(max(1.0, 2 * pause), LONGEST_PAUSE)
+            if closing:
+                return
+
+    def _send(self) -> None:
+        for records in _batches(self._pending()):
+            self.sink.send(records)
+            self.sent_until = records[-1].step
+
+    def _pending(self) -> list[StepRecord]:
+        """Records after `sent_until`, in order; from the log where the queue no longer has them."""
+        queued = [record for record in list(self._queue) if record.step > self.sent_until]
+        if (queued[0].step if queued else self._newest + 1) > self.sent_until + 1:
+            queued = [record for record in read_records(self.run.storage, self.sent_until) if record.step > 0]
+        while self._queue and self._queue[0].step <= self.sent_until:
+            self._queue.popleft()
+        return queued
+
+
+class MlflowSink:
+    """One MLflow run. MLflow is imported in the tracker's thread, at the first use.
+
+    Args:
+        settings: the resolved experiment as plain values: parameters of the run, and experiment.yaml.
+    """
+
+    def __init__(self, run: RunDirectory, config: TrackingConfig, settings: Mapping[str, Any], version: str) -> None:
+        self.run, self.config, self.settings, self.version = run, config, settings, version
+        self.uri = tracking_uri(config, run)
+        self._client: Any = None
+        self._run_id = ""
+
+    def connect(self) -> int:
+        from . import mlflow_client
+
+        self._client = mlflow_client.connect(self.uri)
+        known = self.run.read_info().get("mlflow", {})
+        found = None
+        if known.get("uri") == self.uri:
+            found = mlflow_client.find(self._client, known["run_id"])
+        if found is None:
+            found = mlflow_client.create(self._client, self.config.experiment, self.run, self.uri)
+        self._run_id = found.info.run_id
+        self.run.update_info(mlflow={"uri": self.uri, "experiment": self.config.experiment, "run_id": self._run_id})
+        mlflow_client.describe(self._client, found, self.settings, self.run, self.version)
+        return int(found.data.metrics.get("step", 0))
+
+    def send(self, records: list[StepRecord]) -> None:
+        from . import mlflow_client
+
+        mlflow_client.log_records(self._client, self._run_id, records)
+
+    def finish(self, records: list[StepRecord], status: str) -> None:
+        from . import mlflow_client
+
+        mlflow_client.log_loss_curve(self._client, self._run_id, records)
+        self._client.set_terminated(self._run_id, status)
+
+
+def tracking_uri(config: TrackingConfig, run: RunDirectory) -> str:
+    """The MLflow store of a run: as configured, or mlflow.db beside the runs (in ./runs if they are not on a disk)."""
+    if config.uri is not None:
+        return config.uri
+    parent = run.url.rsplit("/", 1)[0] if run.storage.local else Storage("runs").url
+    return f"sqlite:///{Path(parent) / 'mlflow.db'}"
+
+
+def send_all(run: RunDirectory, config: TrackingConfig, settings: Mapping[str, Any], version: str) -> int:
+    """Sends every record that MLflow does not have yet; how many. Raises what MLflow raises."""
+    sink = MlflowSink(run, config, settings, version)
+    after = sink.connect()
+    missing = list(read_records(run.storage, after))
+    for records in _batches(missing):
+        sink.send(records)
+    sink.finish(list(read_records(run.storage)), "FINISHED")
+    return len(missing)
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one short line."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def _batches(records: list[StepRecord]) -> list[list[StepRecord]]:
+    return [records[start : start + BATCH_LENGTH] for start in range(0, len(records), BATCH_LENGTH)]

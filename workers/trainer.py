@@ -1,0 +1,263 @@
+"""The training loop of one process.
+
+A step: the loader's slice -> loss -> backward (each process's part of the gradient of the one global loss; FSDP sums)
+-> clip by the true global norm -> AdamW -> a record. The loop knows neither model families nor how work is split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from dataclasses import asdict, replace
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..data import Batch, Corpus
+from ..models import LanguageModel, Losses, build_model, initialise
+from ..parallel import CommunicationLedger, Mesh, clip_gradients, shard_model
+from .checkpoint import Checkpointer, gloo_group
+from .experiment import Experiment
+from .manifest import Manifest
+from .metrics import StepRecord
+from .optimization import ShardedAdamW, learning_rate
+from .random_state import seed_everything
+from .reporting import Reporter, RunStart, Silent
+from .run_directory import RunDirectory, code_version, timestamp
+from .tracking import Tracker
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message is one line with the cause and what to do."""
+
+
+class Trainer:
+    """Trains one experiment in one run directory; every process of the mesh has one.
+
+    Args:
+        mesh: of the experiment's degrees.
+        run: made before; the first process writes records and run.json there.
+        reporter: told what happens, on the first process.
+        corpus: the experiment's, when it is open already.
+        tracker: mirrors records to MLflow, on the first process.
+        stop: once set on any process, training ends after the step at hand with a checkpoint.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        mesh: Mesh,
+        run: RunDirectory,
+        reporter: Reporter | None = None,
+        *,
+        corpus: Corpus | None = None,
+        tracker: Tracker | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self.experiment, self.mesh, self.run = experiment, mesh, run
+        self.reporter: Reporter = reporter or Silent()
+        self.corpus = corpus or experiment.open_corpus()
+        self._fingerprint = self.corpus.fingerprint()
+        self.tracker = tracker
+        self.stop = stop or threading.Event()
+        self.first = mesh.rank == 0
+        self.step_count, self.tokens, self.position = 0, 0, 0
+        self.last_record: StepRecord | None = None
+        self.validation_loss: float | None = None
+        self.ledger = CommunicationLedger()
+        seed_everything(experiment.seed, mesh.rank)
+        self.model = make_sharded_model(experiment, mesh)
+        self.optimizer = ShardedAdamW(self.model, experiment.train)
+        self.checkpointer = Checkpointer(run, experiment.checkpoint, self.model, self.optimizer)
+        self._control = gloo_group()
+        self._process = psutil.Process()
+        self._bounds = mesh.shard(experiment.data.context)
+        share = {"data_rank": mesh.data_rank, "data_size": mesh.data_size}
+        slice_ = (self._bounds.start, self._bounds.stop)
+        self.loader = experiment.data.training(self.corpus, seed=experiment.seed, bounds=slice_, **share)
+        self.validation = experiment.data.validation(self.corpus, bounds=slice_, **share)
+
+    def restore(self) -> None:
+        """Continues from the newest whole checkpoint. ValueError when the run has none."""
+        checkpoint, manifest, rejected = self.checkpointer.latest()
+        self.checkpointer.load(checkpoint, manifest)
+        self.step_count, self.tokens = manifest.step, manifest.tokens
+        self.position = resume_position(manifest, self.experiment.data.context, self.experiment.data.batch)
+        if self.first:
+            for line in rejected:
+                self.reporter.noted(line)
+            if manifest.corpus != self._fingerprint:
+                self.reporter.noted(f"data.corpus={self.corpus.name} is not what the checkpoint was trained on")
+            self.run.metrics.rewind(manifest.step)
+
+    def train(self) -> bool:
+        """Makes the steps that are left; True when none is left, False when asked to stop before.
+
+        Raises TrainingError when the loss is no number, CheckpointError when a checkpoint cannot be written.
+        """
+        self.loader.seek(self.position)
+        if self.first:
+            self.run.record_start(self.step_count, self.mesh.world_size, asdict(self.mesh.degrees))
+            self.reporter.started(self._start())
+        saved, stopping = self.step_count, False
+        try:
+            while self.step_count < self.experiment.train.steps and not stopping:
+                record, stopping = self.step()
+                if self._due(self.experiment.train.validate_every) or self.step_count == self.experiment.train.steps:
+                    self.validation_loss = self.validate()
+                    record = replace(record, validation_loss=self.validation_loss)
+                self._log(record)
+                if self._due(self.experiment.checkpoint.every):
+                    self.save(wait=not self.experiment.checkpoint.asynchronous)
+                    saved = self.step_count
+            if saved != self.step_count:
+                self.save(wait=True)
+            self.checkpointer.wait()
+        except Exception:
+            # What is being written beside training is of a step that was good.
+            with contextlib.suppress(Exception):
+                self.checkpointer.wait()
+            raise
+        finally:
+            self.loader.close()
+        return self.step_count >= self.experiment.train.steps
+
+    def step(self) -> tuple[StepRecord, bool]:
+        """One optimiser step; its record, and whether any process was asked to stop."""
+        began = time.perf_counter()
+        self.ledger.reset()
+        batch = next(self.loader)
+        losses = self._losses(batch)
+        losses.total.backward()
+        clip = self.experiment.train.clip
+        norm = float(clip_gradients(self.model.parameters(), clip if clip > 0 else None, self.mesh))
+        loss = float(losses.cross_entropy.detach())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"the loss is {loss} and the gradient's norm {norm} at step {self.step_count + 1}; resume from the "
+                "last checkpoint with a lower train.learning_rate or train.clip"
+            )
+        rate = learning_rate(self.experiment.train, self.step_count + 1)
+        self.optimizer.step(rate)
+        self.optimizer.zero_grad()
+        self.step_count += 1
+        self.position = batch.step + 1
+        step_tokens = self.experiment.data.context * self.experiment.data.batch
+        self.tokens += step_tokens
+        seconds = time.perf_counter() - began
+        wait_share, memory, stopping = self._exchange(self.ledger.seconds_waited / seconds)
+        record = StepRecord(
+            step=self.step_count,
+            loss=loss,
+            validation_loss=None,
+            tokens=self.tokens,
+            tokens_per_second=step_tokens / seconds,
+            wait_share=wait_share,
+            memory=memory,
+            learning_rate=rate,
+            grad_norm=norm,
+            seconds=seconds,
+            auxiliary_loss=float(losses.routers.detach()),
+            time=time.time(),
+        )
+        return record, stopping
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Cross-entropy of the held-out sequences, nats per token; the same on every process."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for batch in self.validation:
+            total += float(self._losses(batch).cross_entropy) * batch.num_targets
+            count += batch.num_targets
+        self.model.train()
+        return total / max(1, count)
+
+    def save(self, *, wait: bool = True) -> None:
+        """Writes a checkpoint of this moment; see `Checkpointer.save`."""
+        if self.first:
+            # What a resume will not compute again must be in the log before the checkpoint says so.
+            self.run.metrics.flush()
+        data = self.experiment.data
+        progress = Manifest(
+            step=self.step_count,
+            tokens=self.tokens,
+            position=self.position,
+            context=data.context,
+            batch=data.batch,
+            corpus=self._fingerprint,
+            world_size=self.mesh.world_size,
+            parallel=asdict(self.mesh.degrees),
+            created=timestamp(),
+            code_version=code_version(),
+            files={},
+        )
+        self.checkpointer.save(progress, wait=wait)
+
+    def _losses(self, batch: Batch) -> Losses:
+        shard = self.mesh.shard(self.experiment.data.context, batch.document_starts, self.ledger)
+        device = self.mesh.device
+        return self.model(batch.tokens_BT.to(device), batch.targets_BT.to(device), shard)
+
+    def _exchange(self, wait_share: float) -> tuple[float, int, bool]:
+        """Mean share of waiting, largest memory, and whether anyone wants to stop, over all processes."""
+        on_gpu = self.mesh.device.startswith("cuda")
+        memory = torch.cuda.max_memory_allocated() if on_gpu else self._process.memory_info().rss
+        own = torch.tensor([wait_share, float(memory), float(self.stop.is_set())], dtype=torch.float64)
+        everyone: list[Tensor] = [torch.empty_like(own) for _ in range(self.mesh.world_size)]
+        dist.all_gather(everyone, own, group=self._control)
+        values = torch.stack(everyone)
+        return float(values[:, 0].mean()), int(values[:, 1].max()), bool(values[:, 2].any())
+
+    def _log(self, record: StepRecord) -> None:
+        self.last_record = record
+        if self.first:
+            self.run.metrics.append(record)
+            self.reporter.stepped(record)
+            if self.tracker is not None:
+                self.tracker.record(record)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step_count % every == 0
+
+    def _start(self) -> RunStart:
+        experiment = self.experiment
+        return RunStart(
+            name=self.run.name,
+            url=self.run.url,
+            step=self.step_count,
+            steps=experiment.train.steps,
+            parameters=self.model.num_parameters(),
+            corpus=self.corpus.name,
+            context=experiment.data.context,
+            batch=experiment.data.batch,
+            workers=self.mesh.world_size,
+            parallel=asdict(self.mesh.degrees),
+            dtype=experiment.train.dtype,
+            device=self.mesh.device,
+        )
+
+
+def make_sharded_model(experiment: Experiment, mesh: Mesh) -> LanguageModel:
+    """The experiment's model with its initial values, sharded. No process ever holds all of it."""
+    train = experiment.train
+    model = build_model(experiment.model, dtype=train.parameter_dtype, device="meta")
+    shard_model(model, mesh, blocks=list(model.blocks), experts=model.expert_modules(), param_dtype=train.compute_dtype)
+    model.to_empty(device=mesh.device)
+    initialise(model, experiment.seed)
+    return model
+
+
+def resume_position(manifest: Manifest, context: int, batch: int) -> int:
+    """The step of the data's global order to go on with.
+
+    With the same context the order is the same: the next sequence that was not seen, rounded up to a whole batch.
+    Another context has another order: as many tokens into it as were trained on.
+    """
+    if context == manifest.context:
+        return -(-manifest.position * manifest.batch // batch)
+    return -(-manifest.tokens // (context * batch))
