@@ -2,24 +2,39 @@
 
 from .attention import attention
 from .experts import grouped_matmul, permute
+from .gated_linear_attention import gated_linear_attention, gated_linear_attention_readout
 from .linear_cross_entropy import linear_cross_entropy
 from .long_convolution import long_convolution
+from .modal_convolution import modal_convolution, modal_readout
 from .norms import rms_norm
 from .rotary import rotary
 from .selective_scan import selective_scan, selective_scan_readout
 from .short_convolution import short_convolution
+from .state_space_dual import state_space_dual, state_space_dual_readout
 from .swiglu import swiglu
+from .wkv4 import wkv4, wkv4_state
+from .wkv7 import wkv7, wkv7_transition
 
 __all__ = [
     "attention",
+    "gated_linear_attention",
+    "gated_linear_attention_readout",
     "grouped_matmul",
     "linear_cross_entropy",
     "long_convolution",
+    "modal_convolution",
+    "modal_readout",
     "permute",
     "rms_norm",
     "rotary",
     "selective_scan",
     "selective_scan_readout",
     "short_convolution",
+    "state_space_dual",
+    "state_space_dual_readout",
     "swiglu",
+    "wkv4",
+    "wkv4_state",
+    "wkv7",
+    "wkv7_transition",
 ]

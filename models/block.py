@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..parallel import SequenceShard
 from .config import ModelConfig
-from .mixers.base import LayerPlace, State
+from .mixers.base import LayerPlace, Shared, State
 from .parameters import make_norm
 
 BlockState = dict[str, State]
@@ -24,7 +24,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         layer = config.plan[index]
-        place = LayerPlace(config.width, index, len(config.plan), config.norm_eps, config.init_std)
+        first = all(earlier.mixer != layer.mixer for earlier in config.plan[:index])
+        place = LayerPlace(config.width, index, len(config.plan), config.norm_eps, config.init_std, first)
         feed_forward_options = config.feed_forward_options(layer)
         self.label, self.recompute = f"{index}.{layer.mixer}", config.recompute
         self.mixer_norm = make_norm(config.norm, config.width, config.norm_eps)
@@ -33,37 +34,54 @@ class Block(nn.Module):
         has_second = self.feed_forward is not None
         self.feed_forward_norm = make_norm(config.norm, config.width, config.norm_eps) if has_second else None
 
-    def forward(self, x_BTD: Tensor, shard: SequenceShard) -> tuple[Tensor, Tensor]:
-        """(outputs, the block's own loss: a scalar, zero where the block has none)."""
+    def forward(
+        self, x_BTD: Tensor, shard: SequenceShard, shared: Shared | None = None
+    ) -> tuple[Tensor, Tensor, Shared]:
+        """(outputs, the block's own loss: a scalar, zero where it has none, what it adds to what blocks share)."""
+        shared = shared or {}
         if not (self.recompute and torch.is_grad_enabled()):
-            return self.compute(x_BTD, shard)
+            return self.compute(x_BTD, shard, shared)
         # never stop the recomputation early: where it stops depends on the rank, and it contains collectives
         outputs = checkpoint(
-            self.compute, x_BTD, shard, use_reentrant=False, early_stop=False, preserve_rng_state=False
+            self.compute, x_BTD, shard, shared, use_reentrant=False, early_stop=False, preserve_rng_state=False
         )
         assert isinstance(outputs, tuple)
         return outputs
 
-    def compute(self, x_BTD: Tensor, shard: SequenceShard) -> tuple[Tensor, Tensor]:
+    def compute(self, x_BTD: Tensor, shard: SequenceShard, shared: Shared) -> tuple[Tensor, Tensor, Shared]:
         shard = shard.labelled(self.label)
         loss = None
-        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), shard)
+        y_BTD, added = self.mixer.share(self.mixer_norm(x_BTD), shard, shared)
+        x_BTD = x_BTD + y_BTD
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             y_BTD, loss = self.feed_forward(self.feed_forward_norm(x_BTD), shard)
             x_BTD = x_BTD + y_BTD
-        return x_BTD, x_BTD.new_zeros(()) if loss is None else loss
+        return x_BTD, x_BTD.new_zeros(()) if loss is None else loss, added
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:
         second = self.feed_forward.init_state(batch, device, dtype) if self.feed_forward is not None else {}
         return {"mixer": self.mixer.init_state(batch, device, dtype), "feed_forward": second}
 
-    def step(self, x_BD: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        y_BD, mixer_state = self.mixer.step(self.mixer_norm(x_BD), state["mixer"])
+    def prefill(
+        self, x_BTD: Tensor, shard: SequenceShard, state: BlockState, shared: Shared
+    ) -> tuple[Tensor, BlockState, Shared]:
+        """`compute` without losses, and the state after this shard's last token; see `Mixer.prefill`."""
+        shard = shard.labelled(self.label)
+        normed_BTD = self.mixer_norm(x_BTD)
+        y_BTD, mixer_state, added = self.mixer.share_prefill(normed_BTD, shard, state["mixer"], shared)
+        x_BTD, second_state = x_BTD + y_BTD, state["feed_forward"]
+        if self.feed_forward is not None and self.feed_forward_norm is not None:
+            y_BTD, second_state = self.feed_forward.prefill(self.feed_forward_norm(x_BTD), shard, second_state)
+            x_BTD = x_BTD + y_BTD
+        return x_BTD, {"mixer": mixer_state, "feed_forward": second_state}, added
+
+    def step(self, x_BD: Tensor, state: BlockState, shared: Shared) -> tuple[Tensor, BlockState, Shared]:
+        y_BD, mixer_state, added = self.mixer.share_step(self.mixer_norm(x_BD), state["mixer"], shared)
         x_BD, second_state = x_BD + y_BD, state["feed_forward"]
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             y_BD, second_state = self.feed_forward.step(self.feed_forward_norm(x_BD), second_state)
             x_BD = x_BD + y_BD
-        return x_BD, {"mixer": mixer_state, "feed_forward": second_state}
+        return x_BD, {"mixer": mixer_state, "feed_forward": second_state}, added
 
     def flops_per_token(self, context: int) -> float:
         second = self.feed_forward.flops_per_token() if self.feed_forward is not None else 0.0

@@ -33,9 +33,12 @@ class ModelConfig(MixerGroups, FeedForwardGroups):
         width: features of a token in the residual stream.
         layers: the layer plan, see `plan`.
         feed_forward: what a layer of the plan has after its mixer where it does not say.
-        norm: "rms" or "layer", before each half of a block and after the last block.
+        norm: before each half of a block and after the last block; "rms_outer" is Evo 2's, see `parameters`.
+        embedding_norm: a norm after the embedding as well (RWKV).
         tie_embeddings: the output layer is the embedding.
         init_std: standard deviation of the embedding and of weights whose family says no better.
+        embedding_std: that of the embedding where it differs.
+        head_gain: the output layer begins orthogonal with this gain (RWKV: 0.5) and not normal.
         recompute: recompute each block's activations in the backward pass instead of keeping them: the same
             numbers, less memory, a third more time.
         attention, hyena, mamba, ..., mlp, moe: options of the layers, one group a kind.
@@ -46,11 +49,14 @@ class ModelConfig(MixerGroups, FeedForwardGroups):
     vocab_size: int = Field(ge=1)
     width: int = Field(ge=1)
     layers: str
-    feed_forward: Literal["mlp", "moe", "none"] = "mlp"
-    norm: Literal["rms", "layer"] = "rms"
+    feed_forward: Literal["mlp", "moe", "channel_mix", "none"] = "mlp"
+    norm: Literal["rms", "rms_outer", "layer"] = "rms"
     norm_eps: float = Field(default=1e-5, gt=0)
+    embedding_norm: bool = False
     tie_embeddings: bool = True
     init_std: float = Field(default=0.02, gt=0)
+    embedding_std: float | None = Field(default=None, gt=0)
+    head_gain: float | None = Field(default=None, gt=0)
     recompute: bool = False
 
     @field_validator("layers", mode="before")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..parallel import SequenceShard
-from .mixers.base import LayerPlace, Options, State
+from .mixers.base import LayerPlace, Options, State, step_through
 from .parameters import ParameterModule
 
 
@@ -48,6 +48,13 @@ class FeedForward(ParameterModule, ABC):
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """One token later; equal to `forward` token by token."""
         return self(x_BD.unsqueeze(1), SequenceShard.whole(1))[0].squeeze(1), state
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        """Outputs, and the state after this shard's last token; see `Mixer.prefill`."""
+        if not state:
+            return self(x_BTD, shard)[0], state
+        y_BTD, state, _ = step_through(lambda x_BD, s, _: (*self.step(x_BD, s), {}), x_BTD, shard, state, {})
+        return y_BTD, state
 
     def state_bytes(self) -> int:
         """Bytes of the decoding state of one sequence."""

@@ -16,7 +16,8 @@ from ..parallel import SequenceShard, global_sum
 from .block import Block, BlockState
 from .config import ModelConfig
 from .experts import SwiGLUExperts
-from .parameters import Embedding, Linear, make_norm, normal
+from .mixers.base import Shared
+from .parameters import Embedding, Linear, make_norm, normal, orthogonal
 
 IGNORED = -100
 """Targets with this value count nowhere."""
@@ -43,11 +44,13 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.width, config.init_std)
+        self.embedding = Embedding(config.vocab_size, config.width, config.embedding_std or config.init_std)
+        normed = config.embedding_norm
+        self.embedding_norm = make_norm(config.norm, config.width, config.norm_eps) if normed else None
         self.blocks = nn.ModuleList([Block(config, index) for index in range(len(config.plan))])
         self.norm = make_norm(config.norm, config.width, config.norm_eps)
-        tied = config.tie_embeddings
-        self.head = None if tied else Linear(config.width, config.vocab_size, normal(config.init_std))
+        head_init = orthogonal(config.head_gain) if config.head_gain else normal(config.init_std)
+        self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, head_init)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard | None = None) -> Losses:
         """The losses of a step.
@@ -85,12 +88,42 @@ class LanguageModel(nn.Module):
         weight = self.embedding.weight
         return [block.init_state(batch, weight.device, weight.dtype) for block in self._blocks()]
 
+    def prefill(
+        self, tokens_BT: Tensor, shard: SequenceShard | None = None, state: list[BlockState] | None = None
+    ) -> tuple[Tensor, list[BlockState]]:
+        """Read a prompt, split over the sequence group as in training, and go on with `step`.
+
+        Args:
+            tokens_BT: int64 ids of this shard; each row is one document.
+            state: what came before the prompt, the same on every process; by default nothing.
+
+        Returns:
+            Scores (B, V) of the token after this shard's last, and the state there: on the last process of the
+            sequence group, those after the whole prompt.
+
+        Raises:
+            ValueError: documents begin inside the prompt, or tokens are not what the shard says.
+        """
+        shard = self._shard(tokens_BT, shard)
+        if shard.document_starts is not None:
+            raise ValueError("a prompt is one document: give prefill a shard without document_starts")
+        x_BTD, following = self._embed(tokens_BT), []
+        shared: Shared = {}
+        state = self.init_state(len(tokens_BT)) if state is None else state
+        for block, block_state in zip(self._blocks(), state, strict=True):
+            x_BTD, block_state, added = block.prefill(x_BTD, shard, block_state, shared)
+            shared = {**shared, **added}
+            following.append(block_state)
+        return F.linear(self.norm(x_BTD[:, -1]), self.output_weight), following
+
     def step(self, token_B: Tensor, state: list[BlockState]) -> tuple[Tensor, list[BlockState]]:
         """Scores (B, V) of the token after `token_B` (int64), and the next state. `state` itself is not changed."""
-        x_BD = self.embedding(token_B)
+        x_BD = self._embed(token_B)
         following: list[BlockState] = []
+        shared: Shared = {}
         for block, block_state in zip(self._blocks(), state, strict=True):
-            x_BD, block_state = block.step(x_BD, block_state)
+            x_BD, block_state, added = block.step(x_BD, block_state, shared)
+            shared = {**shared, **added}
             following.append(block_state)
         return F.linear(self.norm(x_BD), self.output_weight), following
 
@@ -104,6 +137,11 @@ class LanguageModel(nn.Module):
         """The longest sequence that every mixer is defined for; None: any."""
         lengths = [block.mixer.max_length for block in self._blocks() if block.mixer.max_length is not None]
         return min(lengths, default=None)
+
+    def end_step(self) -> None:
+        """To be called on every process after an optimiser step: layers that also adapt otherwise do so now."""
+        for block in self._blocks():
+            block.mixer.end_step()
 
     def expert_modules(self) -> list[nn.Module]:
         """The modules whose parameters have the experts as their first dimension."""
@@ -127,12 +165,18 @@ class LanguageModel(nn.Module):
         return sum(block.state_bytes(context) for block in self._blocks())
 
     def _hidden(self, tokens_BT: Tensor, shard: SequenceShard) -> tuple[Tensor, Tensor]:
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = self._embed(tokens_BT)
         routers = x_BTD.new_zeros(())
+        shared: Shared = {}
         for block in self.blocks:
-            x_BTD, block_loss = block(x_BTD, shard)
+            x_BTD, block_loss, added = block(x_BTD, shard, shared)
+            shared = {**shared, **added}
             routers = routers + block_loss
         return self.norm(x_BTD), routers
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

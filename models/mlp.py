@@ -1,6 +1,7 @@
-"""Feed-forward layers without experts: SwiGLU (Shazeer, arXiv 2002.05202) and GELU.
+"""Feed-forward layers without experts: gated linear units (Shazeer, arXiv 2002.05202) and GELU.
 
     swiglu: W_down (SiLU(W_gate x) * W_up x)          gelu: W_down GELU(W_up x)
+    geglu and bilinear: GELU, or nothing, in place of SiLU (Evo 2's first layer and its other ones)
 
 Shapes: B batch, T tokens, D model width, F hidden width.
 """
@@ -22,9 +23,9 @@ from .parameters import Linear, normal
 
 
 class MLPOptions(FeedForwardOptions):
-    """`hidden`: F; by default 4 x width for gelu, and 8/3 x width, rounded up to a multiple of 8, for swiglu."""
+    """`hidden`: F; by default 4 x width for gelu, and 8/3 x width, rounded up to a multiple of 8, for gated kinds."""
 
-    kind: Literal["swiglu", "gelu"] = "swiglu"
+    kind: Literal["swiglu", "geglu", "bilinear", "gelu"] = "swiglu"
     hidden: int | None = Field(default=None, ge=1)
     bias: bool = False
 
@@ -33,11 +34,11 @@ class MLPOptions(FeedForwardOptions):
 
 
 class MLP(FeedForward):
-    """`up_proj` holds gate and up, in this order, for swiglu."""
+    """`up_proj` holds gate and up, in this order, for gated kinds."""
 
     def __init__(self, options: MLPOptions, place: LayerPlace) -> None:
         super().__init__()
-        self.gated = options.kind == "swiglu"
+        self.kind, self.gated = options.kind, options.kind != "gelu"
         hidden = options.hidden or default_hidden(place.width, self.gated)
         out_init = normal(place.init_std / math.sqrt(2 * place.num_layers))
         self.up_proj = Linear(place.width, hidden * (1 + self.gated), normal(place.init_std), bias=options.bias)
@@ -45,8 +46,16 @@ class MLP(FeedForward):
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> tuple[Tensor, None]:
         hidden_BTF = self.up_proj(x_BTD)
-        hidden_BTF = swiglu(*hidden_BTF.chunk(2, dim=-1)) if self.gated else F.gelu(hidden_BTF)
-        return self.down_proj(hidden_BTF), None
+        return self.down_proj(self.activate(hidden_BTF)), None
+
+    def activate(self, hidden_BTF: Tensor) -> Tensor:
+        """(B, T, F), of twice the width for gated kinds, to (B, T, F)."""
+        if not self.gated:
+            return F.gelu(hidden_BTF)
+        gate_BTF, up_BTF = hidden_BTF.chunk(2, dim=-1)
+        if self.kind == "swiglu":
+            return swiglu(gate_BTF, up_BTF)
+        return (F.gelu(gate_BTF) if self.kind == "geglu" else gate_BTF) * up_BTF
 
     def flops_per_token(self) -> float:
         return linear_flops(self.up_proj.weight, self.down_proj.weight)

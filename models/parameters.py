@@ -1,9 +1,9 @@
 """Parameters that know how they begin, and the few layers that every model is made of.
 
-A module declares a parameter with its shape and an initialiser; nothing is filled in at construction. `initialise`
-then gives every parameter a value that depends on the seed, the parameter's full name and its full shape alone: not
-on the dtype, the device, the order of construction or how the parameter is sharded. So one seed means one model,
-whatever the degrees of parallelism.
+A module declares a parameter (or a buffer) with its shape and an initialiser; nothing is filled in at construction.
+`initialise` then gives every parameter a value that depends on the seed, the parameter's full name and its full shape
+alone: not on the dtype, the device, the order of construction or how the parameter is sharded. So one seed means one
+model, whatever the degrees of parallelism.
 
 Shapes: B batch, T tokens, D features in, F features out, V vocabulary.
 """
@@ -50,9 +50,16 @@ class ParameterModule(nn.Module):
             self.undecayed.add(name)
         return parameter
 
+    def buffer(self, name: str, shape: Sequence[int], init: Initialiser) -> Tensor:
+        """Register and return an uninitialised buffer: saved with the model, the same on all processes, not trained."""
+        self.register_buffer(name, torch.empty(*shape))
+        self.initialisers[name] = init
+        self.undecayed.add(name)
+        return self.get_buffer(name)
+
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Give every parameter of `model` its initial value, in place; sharded parameters receive their part.
+    """Give every parameter and buffer of `model` its initial value, in place; sharded ones receive their part.
 
     Raises:
         TypeError: a parameter that no `ParameterModule` declared.
@@ -78,9 +85,10 @@ def weight_decayed(model: nn.Module) -> set[str]:
     return names
 
 
-def _declared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Initialiser]]:
+def _declared(model: nn.Module) -> Iterator[tuple[str, Tensor, Initialiser]]:
     for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, parameter in tensors:
             if not isinstance(module, ParameterModule) or name not in module.initialisers:
                 raise TypeError(f"parameter {_join(prefix, name)} was not declared through ParameterModule.parameter")
             yield _join(prefix, name), parameter, module.initialisers[name]
@@ -106,6 +114,17 @@ def normal(std: float) -> Initialiser:
 def uniform(bound: float) -> Initialiser:
     """Uniform in (-bound, bound)."""
     return lambda shape, generator: (torch.rand(tuple(shape), generator=generator) * 2 - 1) * bound
+
+
+def orthogonal(gain: float = 1.0) -> Initialiser:
+    """Orthogonal rows or columns, whichever are fewer, times `gain` and sqrt(F / D) where F > D (RWKV's matrices)."""
+
+    def init(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        rows, columns = shape
+        scale = gain * math.sqrt(max(1.0, rows / columns))
+        return nn.init.orthogonal_(torch.empty(rows, columns), scale, generator=generator)
+
+    return init
 
 
 def fan_in_uniform(scale: float = 1.0) -> Initialiser:
@@ -155,6 +174,15 @@ class RMSNorm(ParameterModule):
         return rms_norm(x_BTD, self.weight, self.eps)
 
 
+class OuterRMSNorm(RMSNorm):
+    """x / (sqrt(mean(x^2)) + eps) * weight, Evo 2's: small inputs come out larger than of `RMSNorm`."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        wide_BTD = at_least_float32(x_BTD)
+        size_BT1 = torch.linalg.vector_norm(wide_BTD, dim=-1, keepdim=True) / math.sqrt(x_BTD.shape[-1])
+        return (wide_BTD / (size_BT1 + self.eps) * self.weight).to(x_BTD.dtype)
+
+
 class LayerNorm(ParameterModule):
     """Zero mean, unit variance over the last dimension, then weight and bias (Ba et al., arXiv 1607.06450)."""
 
@@ -169,5 +197,5 @@ class LayerNorm(ParameterModule):
 
 
 def make_norm(kind: str, width: int, eps: float) -> RMSNorm | LayerNorm:
-    """`kind`: "rms" or "layer"."""
-    return RMSNorm(width, eps) if kind == "rms" else LayerNorm(width, eps)
+    """`kind`: "rms", "rms_outer" or "layer"."""
+    return {"rms": RMSNorm, "rms_outer": OuterRMSNorm, "layer": LayerNorm}[kind](width, eps)

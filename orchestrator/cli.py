@@ -49,6 +49,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the experiment (the shipped ones: configs/)")
     _add_overrides(parser)
     _add_address(parser)
+    parser.add_argument(
+        "--continue",
+        dest="same",
+        action="store_true",
+        help="go on with the run of that run.name if it exists (what jobs do that are started again)",
+    )
 
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:

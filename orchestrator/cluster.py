@@ -1,4 +1,4 @@
-"""Starts a Ray cluster on this machine, or joins one, and reserves the workers' places on it.
+"""Starts a Ray cluster on this machine, or joins one.
 
 A local cluster listens behind a token of its own, keeps its files in a temporary directory that goes with it, starts
 no dashboard, and lives on a loopback address where the system has one to spare, so that a laptop that changes
@@ -20,15 +20,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
+import torch
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import AuthenticationError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from .failures import RunFailed
-from .stopping import undisturbed
+from .failures import one_line
+from .placement import Device
+from .stopping import postponed, undisturbed
 
 # Ray rewrites 127.0.0.1 to the host's own address and then waits for itself; its neighbours stay as they are.
 LOOPBACK = "127.0.0.2"
@@ -36,11 +37,8 @@ LOOPBACK = "127.0.0.2"
 OBJECT_STORE_BYTES = 100 * 2**20
 # On a CPU more workers than cores only run slower. Beyond this many a core it is taken for a slip.
 WORKERS_PER_CORE = 4
-PLACEMENT_SECONDS = 60.0
 CONNECT_SECONDS = 10.0
 REMOVE_SECONDS = 5.0
-
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -56,18 +54,22 @@ class Resources:
         return f"{self.cpus} CPUs and {self.gpus} GPUs on {nodes}"
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Places for the workers, by rank: `bundles[rank]` of `group`, on the node with address `addresses[rank]`."""
+def choose_device(workers: int, there: Resources, local: bool) -> Device:
+    """A GPU for every worker, or a CPU for every worker where there are no GPUs.
 
-    group: PlacementGroup
-    bundles: tuple[int, ...]
-    addresses: tuple[str, ...]
-    device: Device
-
-    @property
-    def one_node(self) -> bool:
-        return len(set(self.addresses)) == 1
+    This machine's CPU (`local`) also serves when its GPUs are too few: a newcomer with one GPU can run every example.
+    Raises ValueError, with the resources there are, when the cluster could never hold `workers`.
+    """
+    if there.gpus >= workers:
+        return "cuda"
+    if there.gpus and not local:
+        raise ValueError(f"workers={workers} want a GPU each, and Ray has {there}: use workers={there.gpus} or fewer")
+    if workers > there.cpus:
+        cores = f" (every core counted {WORKERS_PER_CORE} times)" if local else ""
+        raise ValueError(
+            f"workers={workers} want a CPU each, and Ray has {there}{cores}: use workers={there.cpus} or fewer"
+        )
+    return "cpu"
 
 
 @dataclass(frozen=True)
@@ -86,92 +88,44 @@ class Cluster:
         cpus, gpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("CPU", "GPU"))
         return Resources(len(nodes), cpus, gpus)
 
-    def device(self, workers: int) -> Device:
-        """A GPU for every worker, or a CPU for every worker where there are no GPUs.
-
-        This machine's CPU also serves when its GPUs are too few: a newcomer with one GPU can run every example.
-        Raises ValueError, with the resources there are, when the cluster could never hold `workers`.
-        """
-        there = self.resources()
-        if there.gpus >= workers:
-            return "cuda"
-        if there.gpus and not self.local:
-            raise ValueError(
-                f"workers={workers} want a GPU each, and Ray has {there}: use workers={there.gpus} or fewer"
-            )
-        if workers > there.cpus:
-            cores = f" (every core counted {WORKERS_PER_CORE} times)" if self.local else ""
-            raise ValueError(
-                f"workers={workers} want a CPU each, and Ray has {there}{cores}: use workers={there.cpus} or fewer"
-            )
-        return "cpu"
-
-    @contextlib.contextmanager
-    def place(self, workers: int, timeout: float = PLACEMENT_SECONDS) -> Iterator[Placement]:
-        """Reserves a place for every worker, as few nodes as possible, and gives them back on leaving.
-
-        Raises ValueError when the cluster is too small and RunFailed when it stays too busy for `timeout` seconds.
-        """
-        device = self.device(workers)
-        bundle = {"CPU": 1.0} if device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
-        group = placement_group([bundle] * workers, strategy="PACK")
-        try:
-            if not group.wait(timeout):
-                free = ray.available_resources()
-                raise RunFailed(
-                    f"no room for {workers} workers within {timeout:.0f} s: Ray has {self.resources()}, of which "
-                    f"{free.get('CPU', 0):.0f} CPUs and {free.get('GPU', 0):.0f} GPUs are free"
-                )
-            yield _in_rank_order(group, device)
-        finally:
-            if ray.is_initialized():
-                remove_placement_group(group)
-
-
-def _in_rank_order(group: PlacementGroup, device: Device) -> Placement:
-    """Neighbouring ranks on the same node: Ray packs nodes, but numbers bundles as it likes."""
-    address_of = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    node_of: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-    order = sorted(node_of, key=lambda bundle: (node_of[bundle], bundle))
-    return Placement(group, tuple(order), tuple(address_of[node_of[bundle]] for bundle in order), device)
-
 
 @contextlib.contextmanager
-def open_cluster(address: str | None = None) -> Iterator[Cluster]:
+def open_cluster(address: str | None, workers: int) -> Iterator[Cluster]:
     """Connects to the cluster at `address` ("host:port", or "auto" for the one on this machine), or starts one.
 
-    None means RAY_ADDRESS if that is set, else a cluster on this machine that ends with the `with` block.
-    Raises ValueError when there is no cluster at the address or it does not let us in.
+    None means RAY_ADDRESS if that is set, else a cluster on this machine, for `workers`, that ends with the `with`
+    block. Raises ValueError when there is no cluster at the address, it does not let us in, or this machine is too
+    small.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
-    with _join(address) if address not in (None, "local") else _start() as cluster:
+    with _join(address) if address not in (None, "local") else _start(workers) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
-def _start() -> Iterator[Cluster]:
+def _start(workers: int) -> Iterator[Cluster]:
+    here = Resources(1, WORKERS_PER_CORE * (os.cpu_count() or 1), torch.cuda.device_count())
+    choose_device(workers, here, local=True)
     directory = tempfile.mkdtemp(prefix="longstride-ray-", dir=_short_temporary_directory())
     # Ray turns token authentication on by itself where the mode is not set, and takes the token that is there.
     ours = {"RAY_AUTH_TOKEN": _token(), "RAY_AUTH_TOKEN_PATH": None, "RAY_AUTH_MODE": None, "RAY_ADDRESS": None}
     try:
         with _environment(ours):
-            ray.init(
-                address="local",
-                num_cpus=WORKERS_PER_CORE * (os.cpu_count() or 1),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address=_loopback(),
-                _temp_dir=directory,
-                **_QUIET,
-            )
+            with postponed():
+                ray.init(
+                    address="local",
+                    num_cpus=workers,  # Ray starts as many processes at once, whether they are wanted or not
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _node_ip_address=_loopback(),
+                    _temp_dir=directory,
+                    **_QUIET,
+                )
             _silence()
-            try:
-                yield Cluster(local=True)
-            finally:
-                with undisturbed():
-                    ray.shutdown()
+            yield Cluster(local=True)
     finally:
         with undisturbed():
+            ray.shutdown()
             _remove(directory)
 
 
@@ -183,17 +137,18 @@ def _join(address: str) -> Iterator[Cluster]:
         )
     if address != "auto":
         _check_reachable(address)
+    logging.getLogger("ray").setLevel(logging.ERROR)
     # A token that is there is used; Ray itself leaves it aside when the address is given.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address, **_QUIET)
-    except AuthenticationError:
-        raise ValueError(
-            f"the Ray cluster at {address} refuses our token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
-            "RAY_AUTH_TOKEN_PATH) to the cluster's own"
-        ) from None
-    except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"no Ray cluster could be joined at {address}: {' '.join(str(error).split())}") from error
+    except (AuthenticationError, ConnectionError, RuntimeError) as error:
+        if _refused(error):
+            raise ValueError(
+                f"the Ray cluster at {address} refuses our token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+                "RAY_AUTH_TOKEN_PATH) to the cluster's own"
+            ) from error
+        raise ValueError(f"no Ray cluster could be joined at {address}: {one_line(error)}") from error
     _silence()
     try:
         yield Cluster(local=False)
@@ -203,6 +158,15 @@ def _join(address: str) -> Iterator[Cluster]:
 
 
 _QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether a token that is missing or wrong is behind the error. Ray buries it."""
+    while error is not None:
+        if isinstance(error, AuthenticationError) or "AuthToken" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _silence() -> None:

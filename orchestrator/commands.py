@@ -25,7 +25,7 @@ LONGEST_CHARACTER = 4
 
 
 def train(arguments: Namespace) -> int:
-    return start(arguments.config, _checked(arguments.overrides), arguments.address)
+    return start(arguments.config, _checked(arguments.overrides), arguments.address, same=arguments.same)
 
 
 def resume(arguments: Namespace) -> int:

@@ -11,17 +11,23 @@ from typing import NoReturn
 
 # A rank that loses a neighbour fails in its next collective. These words mark such an echo of somebody else's fault.
 _ECHOES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "tcpstore", "socket", "recvvalue")
-_ECHO_TYPES = ("DistNetworkError", "DistStoreError", "DistBackendError", "DistError")
+_ECHO_TYPES = ("CommunicationError", "DistNetworkError", "DistStoreError", "DistBackendError", "DistError")
+# Exceptions of a bug: the same code fails on the same data again.
+_BUGS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
 # Errors of `workers` whose message is for the user as it stands.
 _SAY_IT_ALL = ("TrainingError", "CheckpointError")
 
 
 class RunFailed(Exception):
-    """A run that started and could not go on. The message is one line: the cause; `details` may hold a traceback."""
+    """A run that started and could not go on. The message is one line: the cause; `details` may hold a traceback.
 
-    def __init__(self, message: str, details: str = "") -> None:
+    `retry`: another attempt may go well, as after a lost node. A bug of ours comes again, and a loss that stays bad.
+    """
+
+    def __init__(self, message: str, details: str = "", *, retry: bool = False) -> None:
         super().__init__(message)
         self.details = details
+        self.retry = retry
 
 
 class Terminated(BaseException):
@@ -42,6 +48,7 @@ class Fault:
         message: one line.
         traceback: the worker's own, empty when it died.
         mistake: True when the user can put it right (bad settings, missing files).
+        retry: whether another attempt may go well.
     """
 
     rank: int
@@ -49,10 +56,13 @@ class Fault:
     message: str
     traceback: str = ""
     mistake: bool = False
+    retry: bool = True
 
     @classmethod
     def from_exception(cls, rank: int, error: BaseException, traceback: str) -> Fault:
-        return cls(rank, type(error).__name__, one_line(error), traceback, is_mistake(error))
+        kind = type(error).__name__
+        retry = not isinstance(error, _BUGS) and kind != "TrainingError"
+        return cls(rank, kind, one_line(error), traceback, is_mistake(error), retry)
 
     @property
     def echo(self) -> bool:
@@ -80,8 +90,10 @@ def raise_fault(faults: list[Fault], places: list[str]) -> NoReturn:
         raise ValueError(cause.message)
     where = f"worker {cause.rank} ({places[cause.rank]})"
     if cause.kind == "died":
-        raise RunFailed(f"{where} {cause.message}", cause.traceback)
-    raise failure(cause.kind, cause.message, cause.traceback, where)
+        raise RunFailed(f"{where} {cause.message}", cause.traceback, retry=cause.retry)
+    failed = failure(cause.kind, cause.message, cause.traceback, where)
+    failed.retry = cause.retry
+    raise failed
 
 
 def failure(kind: str, message: str, traceback: str, where: str = "") -> RunFailed:

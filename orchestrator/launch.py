@@ -12,17 +12,17 @@ from ..workers import Reporter, Summary, train_process
 from ..workers.display import Display
 from . import launcher
 from .failures import failure, is_mistake, one_line
-from .preparation import Prepared, guarded, new_run, old_run
+from .preparation import Done, Prepared, guarded, new_run, old_run, same_run
 from .stopping import StopRequest, stoppable, terminable
 
 
-def start(config: str, overrides: list[str], address: str | None) -> int:
+def start(config: str, overrides: list[str], address: str | None, *, same: bool = False) -> int:
     """Makes a run of the config and trains it; the exit code: 0 when finished, the signal's when asked to stop.
 
-    Raises ValueError for a mistake and RunFailed for a run that could not go on, with what to do next as a note.
+    With `same`, a run of the config's name that is there already goes on. Raises ValueError for a mistake and RunFailed for a run that could not go on, with what to do next as a note.
     """
     words = launcher.with_workers(overrides) if launcher.present() else overrides
-    return _launch(lambda: new_run(config, words), address)
+    return _launch(lambda: (same_run if same else new_run)(config, words), address)
 
 
 def go_on(run: str, overrides: list[str], address: str | None) -> int:
@@ -31,12 +31,12 @@ def go_on(run: str, overrides: list[str], address: str | None) -> int:
     return _launch(lambda: old_run(run, words), address)
 
 
-def _launch(prepare: Callable[[], Prepared], address: str | None) -> int:
+def _launch(prepare: Callable[[], Prepared | Done], address: str | None) -> int:
     stop = StopRequest()
-    if launcher.present():
-        prepared, store = launcher.meet(prepare)
-    else:
-        prepared, store = prepare(), None
+    prepared, store = launcher.meet(prepare) if launcher.present() else (prepare(), None)
+    if isinstance(prepared, Done):
+        print(f"run {prepared.run.name} has made all its {prepared.step} steps")
+        return 0
     display = Display() if launcher.rank() == 0 else None
     with guarded(prepared) if display else contextlib.nullcontext():
         try:
@@ -76,12 +76,11 @@ def run_here(prepared: Prepared, store: Store | None, reporter: Reporter | None,
 
 def run_on_ray(prepared: Prepared, reporter: Reporter, stop: StopRequest, address: str | None) -> Summary:
     """Trains with one Ray actor for every worker, on the cluster at `address` or on one that is started here."""
-    from . import attempt, cluster, rendezvous
+    from . import cluster, rendezvous
+    from .supervisor import Supervisor
 
-    workers = prepared.experiment.workers
-    with cluster.open_cluster(address) as ray_cluster, terminable():
+    with terminable(), cluster.open_cluster(address, prepared.experiment.workers) as ray_cluster:
         own_address = "127.0.0.1" if ray_cluster.local else ray_cluster.address
-        with ray_cluster.place(workers) as placement, rendezvous.host(own_address) as meeting:
-            if placement.device == "cpu" and ray_cluster.resources().gpus:
-                reporter.noted(f"on the CPU, because {workers} workers want a GPU each and there are fewer")
-            return attempt.run_attempt(prepared, placement, meeting, reporter, stop)
+        supervisor = Supervisor(prepared, ray_cluster, reporter, stop, elastic=prepared.continued)
+        with rendezvous.host(own_address) as meeting:
+            return supervisor.run(meeting)

@@ -13,7 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..workers import Experiment, RunDirectory
 from .failures import EchoOfMistake
-from .preparation import Prepared
+from .preparation import Done, Prepared
 
 _RUN_KEY = "longstride/run"
 
@@ -37,7 +37,7 @@ def with_workers(overrides: list[str]) -> list[str]:
     return [*overrides, f"workers={launched}"]
 
 
-def meet(prepare: Callable[[], Prepared]) -> tuple[Prepared, Store]:
+def meet(prepare: Callable[[], Prepared | Done]) -> tuple[Prepared | Done, Store]:
     """What the first process prepared, on all of them, and a store for their process group.
 
     When `prepare` fails, its error is raised on the first process and EchoOfMistake on the others.
@@ -49,11 +49,14 @@ def meet(prepare: Callable[[], Prepared]) -> tuple[Prepared, Store]:
         except BaseException:
             store.set(_RUN_KEY, "")
             raise
-        store.set(_RUN_KEY, f"{int(prepared.resume)} {prepared.run.url}")
+        how = f"done-{prepared.step}" if isinstance(prepared, Done) else f"resume-{int(prepared.resume)}"
+        store.set(_RUN_KEY, f"{how} {prepared.run.url}")
     else:
-        resume, _, url = store.get(_RUN_KEY).decode().partition(" ")
+        how, _, url = store.get(_RUN_KEY).decode().partition(" ")
         if not url:
             raise EchoOfMistake
-        run = RunDirectory(url)
-        prepared = Prepared(Experiment.resume(run), run, resume == "1", "")
+        run, (what, _, number) = RunDirectory(url), how.partition("-")
+        if what == "done":
+            return Done(run, int(number)), store
+        prepared = Prepared(Experiment.resume(run), run, number == "1", "")
     return prepared, PrefixStore("training", store)

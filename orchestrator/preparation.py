@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..workers import Experiment, RunDirectory, create_run, find_run, reopen_run
 from ..workers.display import command
+from ..workers.launch import check
 from ..workers.manifest import list_checkpoints
 from .failures import RunFailed, is_mistake
 
@@ -21,12 +23,22 @@ class Prepared:
     Attributes:
         resume: the run goes on from its last whole checkpoint.
         before: the text of experiment.yaml before this launch; empty for a new run.
+        continued: the run goes on by itself, as a job that was started again; fewer workers than it asks for will do.
     """
 
     experiment: Experiment
     run: RunDirectory
     resume: bool
     before: str
+    continued: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that has made all its steps."""
+
+    run: RunDirectory
+    step: int
 
 
 def new_run(config: str, overrides: list[str]) -> Prepared:
@@ -40,6 +52,29 @@ def old_run(name: str, overrides: list[str]) -> Prepared:
     run = find_run(name)
     before = run.read_experiment()
     return Prepared(reopen_run(run, overrides), run, True, before)
+
+
+def same_run(config: str, overrides: list[str]) -> Prepared | Done:
+    """The run that the config names: a new one, or the one that is there and goes on; `Done` if it has ended.
+
+    For jobs: the lost driver's run is found again by the job that takes its place. ValueError of one line.
+    """
+    experiment = Experiment.load(config, overrides)
+    run = RunDirectory(f"{experiment.run.directory.rstrip('/')}/{experiment.run.name}")
+    if not run.exists():
+        return Prepared(experiment, create_run(experiment), False, "")
+    committed = [checkpoint for checkpoint in list_checkpoints(run) if checkpoint.committed]
+    if committed and committed[-1].step >= experiment.train.steps:
+        return Done(run, committed[-1].step)
+    sections = experiment.model_dump(mode="json", exclude={"run"}).items()
+    words = [f"{section}={json.dumps(settings)}" for section, settings in sections]
+    if committed:
+        return replace(old_run(run.url, words), continued=True)
+    before = run.read_experiment()
+    again = Experiment.resume(run, words)
+    check(again)
+    run.write_experiment(again.to_yaml())
+    return Prepared(again, run, False, before, continued=True)
 
 
 @contextlib.contextmanager
@@ -66,7 +101,7 @@ def _starts(run: RunDirectory) -> int:
 
 
 def _undo(prepared: Prepared) -> None:
-    if prepared.resume:
+    if prepared.before:
         prepared.run.write_experiment(prepared.before)
     else:
         prepared.run.storage.remove("")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: the first asks for an end after the step at hand, with a checkpoint; the next ends it.
+"""Ctrl-C and SIGTERM in a run: the first asks for an end after the step at hand, with a checkpoint; the next ends it.
 
 Launchers pass a terminal's Ctrl-C on to processes that had it already, so an echo within a moment does not count.
 """
@@ -26,11 +26,16 @@ class StopRequest:
         self.signal: int | None = None
         self._since = 0.0
 
-    def receive(self, number: int, _frame: FrameType | None = None) -> None:
-        """Handles a signal: notes the first, raises KeyboardInterrupt or Terminated for the second."""
+    def note(self, number: int) -> None:
+        """Remembers the first signal."""
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
             self.event.set()
+
+    def receive(self, number: int, _frame: FrameType | None = None) -> None:
+        """Handles a signal: notes the first, raises KeyboardInterrupt or Terminated for the second."""
+        if self.signal is None:
+            self.note(number)
         elif time.monotonic() - self._since > ECHO_SECONDS:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
@@ -63,6 +68,20 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM wait; a first one is raised at the end. For what cannot be put away half made."""
+    request = StopRequest()
+    before = [signal.signal(number, lambda number, _frame: request.note(number)) for number in _SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+    if request.signal is not None:
+        raise KeyboardInterrupt if request.signal == signal.SIGINT else Terminated
 
 
 @contextlib.contextmanager

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import traceback
 from dataclasses import dataclass
 
+import psutil
 import ray
 
 from ..workers import Experiment, Summary, train_process
@@ -29,7 +31,7 @@ class Assignment:
         resume: go on from the last whole checkpoint.
         device: "cpu" or "cuda".
         neighbours: workers on this node, itself included; they share its cores.
-        interface: the network interface gloo is to use; None leaves it the choice.
+        node_size: workers on every node, where that is one number; see `train_process`.
     """
 
     experiment: Experiment
@@ -39,8 +41,8 @@ class Assignment:
     world_size: int
     device: str
     neighbours: int
+    node_size: int | None
     rendezvous: Rendezvous
-    interface: str | None
 
 
 class Worker:
@@ -57,8 +59,9 @@ class Worker:
         """
         rank = assignment.rank
         try:
-            if assignment.interface:
-                os.environ["GLOO_SOCKET_IFNAME"] = assignment.interface
+            if interface := _interface(ray.util.get_node_ip_address()):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
             return train_process(
                 assignment.experiment,
                 rank,
@@ -67,6 +70,7 @@ class Worker:
                 store=assignment.rendezvous.connect(),
                 device=assignment.device,
                 threads=max(1, len(os.sched_getaffinity(0)) // assignment.neighbours),
+                node_size=assignment.node_size,
                 reporter=OutboxReporter(self._outbox),
                 resume=assignment.resume,
                 stop=self._stop,
@@ -82,6 +86,13 @@ class Worker:
         return f"process {os.getpid()} on {socket.gethostname()}"
 
     @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        """Where every thread of this process is, innermost call last."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        frames = sys._current_frames().items()
+        return "\n".join(f"{names.get(i, i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in frames)
+
+    @ray.method(concurrency_group="control")
     def reports(self, after: int, wait: float) -> list[Report]:
         """See `Outbox.take`."""
         return self._outbox.take(after, wait)
@@ -90,3 +101,16 @@ class Worker:
     def stop(self) -> None:
         """Asks for an end after the step at hand, with a checkpoint; one worker's wish is everybody's."""
         self._stop.set()
+
+
+def _interface(address: str) -> str | None:
+    """The network interface that has the node's address as Ray knows it, for the processes' own traffic.
+
+    Left to itself gloo takes what the host's name resolves to, which on many systems is a loopback address.
+    """
+    if address.startswith("127."):
+        address = "127.0.0.1"  # all addresses of that network are the loopback interface's
+    for name, found in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in found):
+            return name
+    return None

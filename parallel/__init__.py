@@ -2,15 +2,17 @@
 
 from .attention import causal_attention
 from .collectives import CommunicationError
-from .convolution import Filter, FiniteFilter, convolve
+from .convolution import Filter, FiniteFilter, ModalFilter, begin_convolve, convolve
 from .experts import run_experts
 from .fsdp import clip_gradients, local_part, shard_model
 from .halo import halo
 from .ledger import CommunicationLedger, LedgerRow
 from .mesh import Degrees, Mesh, MeshConfig
+from .pair_sum import pair_sum
 from .prefix import PendingState, begin_prefix_state, prefix_state
 from .reduce import global_sum
 from .reshard import reshard
+from .sequential import sequential_state
 from .shard import Link, SequenceShard, Strategies
 from .transitions import Constant, Dense, LogSpace, PerChannel, PerHead, Transition
 
@@ -27,12 +29,14 @@ __all__ = [
     "LogSpace",
     "Mesh",
     "MeshConfig",
+    "ModalFilter",
     "PendingState",
     "PerChannel",
     "PerHead",
     "SequenceShard",
     "Strategies",
     "Transition",
+    "begin_convolve",
     "begin_prefix_state",
     "causal_attention",
     "clip_gradients",
@@ -40,8 +44,10 @@ __all__ = [
     "global_sum",
     "halo",
     "local_part",
+    "pair_sum",
     "prefix_state",
     "reshard",
     "run_experts",
+    "sequential_state",
     "shard_model",
 ]

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens here, L all tokens, D channels, K taps. Hyena (arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor
 
 from ..kernels.long_convolution import long_convolution
+from ..kernels.modal_convolution import modal_convolution, modal_readout
 from .fourier import Window, convolve_window
 from .halo import halo
+from .prefix import begin_prefix_state
 from .reshard import reshard
 from .shard import SequenceShard, even_bounds
+from .transitions import Constant
 
-FORMS = ("channels", "length", "halo")
+FORMS = ("channels", "length", "halo", "state")
 
 
 class Filter(Protocol):
@@ -42,6 +46,23 @@ class FiniteFilter:
         return torch.where(inside, taps_DK[:, lags_K.clamp(max=taps_DK.shape[1] - 1)], 0.0)
 
 
+@dataclass(frozen=True)
+class ModalFilter:
+    """A sum of exponentials: Re sum_n residues_n e^(k log_poles_n) at lag k (S4D, H3, modal Hyena).
+
+    `log_poles_DN`, `residues_DN`: both real or both complex, float32 or wider.
+    """
+
+    log_poles_DN: Tensor
+    residues_DN: Tensor
+
+    def __call__(self, lags_K: Tensor, channels: slice) -> Tensor:
+        wide = torch.complex128 if self.log_poles_DN.is_complex() else torch.float64
+        powers = torch.exp(self.log_poles_DN[channels].to(wide).unsqueeze(-1) * lags_K)
+        taps_DK = (self.residues_DN[channels].to(wide).unsqueeze(-1) * powers).sum(1)
+        return (taps_DK.real if taps_DK.is_complex() else taps_DK).to(self.residues_DN.real.dtype)
+
+
 def convolve(
     u_BTD: Tensor, filter: Filter, shard: SequenceShard, *, skip: Tensor | None = None, form: str | None = None
 ) -> Tensor:
@@ -50,32 +71,66 @@ def convolve(
     Args:
         u_BTD: this shard's input; already gated, so that one tensor travels in and one out.
         skip: (D,) the direct term.
-        form: how it travels; by default what the shard asks for, "auto" choosing the fewest bytes.
+        form: how it travels; by default what the shard asks for, "auto" choosing the fewest bytes (modal filters and
+            short finite ones have one form of their own and keep it, whatever the shard asks for).
             "channels": to a split along channels (all-to-all), by FFT at full length there, and back;
                 2 T D (P - 1) / P numbers per process and direction, 1 / P of the filter evaluated on each.
             "length": a distributed FFT; 6 T D (P - 1) / P numbers and as many again divided by 3 B for the filter, but
                 no process ever holds a full-length row. For few channels per process and very long rows.
             "halo": finite filters only; the K - 1 tokens before this shard.
+            "state": modal filters only; a prefix pass over the modes' states, D N numbers whatever the length.
 
     Raises:
-        ValueError: an unknown form, or "halo" for a filter without end.
+        ValueError: an unknown form, or one that needs another kind of filter.
     """
-    wanted = form or shard.strategies.convolution
-    if wanted != "auto" and wanted not in FORMS:
-        raise ValueError(f"unknown convolution form {wanted!r}: choose auto, {', '.join(FORMS)}")
-    chosen = _choose(filter, u_BTD.shape[-1], shard) if wanted == "auto" else wanted
+    return begin_convolve(u_BTD, filter, shard, skip=skip, form=form)()
+
+
+def begin_convolve(
+    u_BTD: Tensor, filter: Filter, shard: SequenceShard, *, skip: Tensor | None = None, form: str | None = None
+) -> Callable[[], Tensor]:
+    """`convolve` in two halves: calling the result gives y. In the "state" form the message travels in between."""
+    if form is not None and form != "auto" and form not in FORMS:
+        raise ValueError(f"unknown convolution form {form!r}: choose auto, {', '.join(FORMS)}")
+    chosen = _choose(filter, u_BTD.shape[-1], shard) if form in (None, "auto") else form
+    if chosen == "state":
+        return _begin_by_state(u_BTD, filter, shard, skip)
     if chosen == "halo":
-        return _by_halo(u_BTD, filter, shard, skip)
-    if chosen == "length" and shard.size > 1:
-        return _by_length(u_BTD, filter, shard, skip)
-    return _by_channels(u_BTD, filter, shard, skip)
+        y_BTD = _by_halo(u_BTD, filter, shard, skip)
+    elif chosen == "length" and shard.size > 1:
+        y_BTD = _by_length(u_BTD, filter, shard, skip)
+    else:
+        y_BTD = _by_channels(u_BTD, filter, shard, skip)
+    return lambda: y_BTD
 
 
 def _choose(filter: Filter, num_channels: int, shard: SequenceShard) -> str:
-    """Fewest bytes: a finite filter's halo if narrower than what an all-to-all would move, else the all-to-all."""
+    """Fewest bytes: a modal filter's state, a finite filter's halo if narrower than what an all-to-all would move; for
+    filters without end what the shard asks for, the all-to-all by default."""
+    if isinstance(filter, ModalFilter):
+        return "state"
     if isinstance(filter, FiniteFilter) and filter.taps_DK.shape[1] - 1 <= 2 * shard.length / shard.size:
         return "halo"
+    if shard.strategies.convolution != "auto":
+        return shard.strategies.convolution
     return "channels" if num_channels >= shard.size else "length"
+
+
+def _begin_by_state(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tensor | None) -> Callable[[], Tensor]:
+    if not isinstance(filter, ModalFilter):
+        raise ValueError("convolution form 'state' needs a modal filter: use 'channels' or 'length'")
+    poles_DN, residues_DN = filter.log_poles_DN, filter.residues_DN
+    starts_BT = shard.start_mask(u_BTD.device)
+    y_BTD, state_BDN = modal_convolution(u_BTD, poles_DN, residues_DN, skip=skip, document_starts=starts_BT)
+    if shard.size == 1:
+        return lambda: y_BTD
+    pending = begin_prefix_state(Constant(poles_DN, shard.reset_mask(u_BTD.device)), state_BDN, shard)
+
+    def finish() -> Tensor:
+        length = u_BTD.shape[1]
+        return y_BTD + modal_readout(pending.wait(), poles_DN, residues_DN, length, document_starts=starts_BT)
+
+    return finish
 
 
 def _by_channels(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tensor | None) -> Tensor:

@@ -92,7 +92,8 @@ class _Flight:
     def land_forward(self) -> Tensor:
         assert self._land is not None
         self._entering = self._land()
-        return self._entering.to(self._dtype)
+        # a copy: autograd's output must not be what its own node keeps, or neither would ever be freed
+        return self._entering.to(self._dtype, copy=True)
 
     def begin_backward(self, gradient: Tensor) -> None:
         """Send the gradient of the entering state on its way, right to left."""

@@ -48,7 +48,8 @@ class Segment:
         for part in self._parts():
             real = _real(part)
             view = flat[offset : offset + real.numel()].view(real.shape)
-            views.append((torch.view_as_complex(view) if part.is_complex() else view).to(part.dtype))
+            # a clone: complex numbers must begin at an even offset
+            views.append((torch.view_as_complex(view.clone()) if part.is_complex() else view).to(part.dtype))
             offset += real.numel()
         travelling = views[1] if self.travelling is not None else None
         keep = views[-1] if self.keep is not None else None
@@ -225,7 +226,7 @@ def hierarchical(segment: Segment, shard: SequenceShard, reverse: bool, motion: 
         sizes = {neighbours[i]: _real(part.state).numel() for i, part in enumerate(slices)}
         home = route({rank: _real(state).reshape(-1) for rank, state in prefixes.items()}, sizes)()
         pieces = [home[neighbours[i]].view(_real(part.state).shape) for i, part in enumerate(slices)]
-        states = [torch.view_as_complex(p.contiguous()) if segment.state.is_complex() else p for p in pieces]
+        states = [torch.view_as_complex(p.clone()) if segment.state.is_complex() else p for p in pieces]
         return torch.cat(states, dim=1).to(segment.state.dtype)
 
     return finish

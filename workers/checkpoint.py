@@ -32,6 +32,7 @@ from .manifest import (
     MANIFEST_FILE,
     Checkpoint,
     Manifest,
+    NoCheckpoint,
     explain_none,
     list_checkpoints,
     new_checkpoint,
@@ -110,7 +111,7 @@ class Checkpointer:
     def latest(self) -> tuple[Checkpoint, Manifest, list[str]]:
         """The newest checkpoint that is whole, and one line for every newer one that is not.
 
-        All processes share the reading and come to the same answer. Raises ValueError when there is none.
+        All processes share the reading and come to the same answer. Raises NoCheckpoint when there is none.
         """
         rejected: list[str] = []
         for name in self._from_first(lambda: [found.name for found in reversed(list_checkpoints(self.run))]):
@@ -120,7 +121,7 @@ class Checkpointer:
             if not problems:
                 return checkpoint, checkpoint.read_manifest(), rejected
             rejected.append(rejection(checkpoint, problems))
-        raise ValueError(explain_none(self.run, rejected))
+        raise NoCheckpoint(explain_none(self.run, rejected))
 
     def load(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         """Overwrites model, optimiser and random state. Call it with what `latest` returned.
@@ -133,7 +134,7 @@ class Checkpointer:
         check_fit(tensors, saved, checkpoint.name)
         own = f"{RANDOM}{self.rank}"
         stored = saved.get(own)
-        # Another number of processes has no random state of its own in the checkpoint: it keeps its fresh one.
+        # Another number of processes has no random state of its own in the checkpoint: it keeps its own.
         if manifest.world_size == self.world_size and isinstance(stored, TensorStorageMetadata):
             tensors[own] = torch.empty(stored.size, dtype=torch.uint8)
         load(tensors, storage_reader=reader, process_group=self.group)

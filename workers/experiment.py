@@ -8,6 +8,7 @@ data: {corpus: python-source, context: 8192, batch: 4}
 parallel: {data: auto, sequence: 2, expert: auto}
 train: {steps: 1000, learning_rate: 1.0e-3}
 checkpoint: {every: 200}
+recovery: {max_failures: 3, bad_loss: rollback}
 tracking: {uri: null}
 sample: {prompt: "def "}
 """
@@ -29,6 +30,7 @@ from .checkpoint import CheckpointConfig
 from .configuration import ConfigError, Settings, Tree, apply_overrides, parse_yaml, validate
 from .generate import SampleConfig
 from .optimization import TrainConfig
+from .recovery import RecoveryConfig
 from .run_directory import RunConfig, RunDirectory
 from .storage import Storage
 from .tracking import TrackingConfig
@@ -56,6 +58,7 @@ class Experiment(Settings):
     parallel: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
     sample: SampleConfig = SampleConfig()
 

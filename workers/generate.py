@@ -65,12 +65,7 @@ def prompt_tokens(corpus: Corpus, prompt: str | None) -> list[int]:
 @torch.inference_mode()
 def continuation(model: LanguageModel, prompt: Sequence[int], config: SampleConfig) -> Iterator[int]:
     """Token ids after `prompt`, one by one; the same for the same seed."""
-    limit = model.max_length
-    if limit is not None and len(prompt) + config.tokens > limit:
-        raise ConfigError(
-            f"a prompt of {len(prompt)} tokens and sample.tokens={config.tokens} exceed the model's {limit} positions; "
-            f"set sample.tokens={max(0, limit - len(prompt))}"
-        )
+    check_length(model.max_length, len(prompt), config)
     device = model.output_weight.device
     generator = torch.Generator().manual_seed(config.seed)
     state = model.init_state(1)
@@ -83,6 +78,15 @@ def continuation(model: LanguageModel, prompt: Sequence[int], config: SampleConf
         yield token
         logits_BV, state = model.step(torch.tensor([token], device=device), state)
         logits_V = logits_BV[0]
+
+
+def check_length(longest: int | None, prompt: int, config: SampleConfig) -> None:
+    """ConfigError where `prompt` tokens and those to sample are more than the model is defined for (None: any)."""
+    if longest is not None and prompt + config.tokens > longest:
+        raise ConfigError(
+            f"a prompt of {prompt} tokens and sample.tokens={config.tokens} exceed the model's {longest} positions; "
+            f"set sample.tokens={max(0, longest - prompt)}"
+        )
 
 
 def choose(logits_V: Tensor, config: SampleConfig, generator: torch.Generator) -> int:

@@ -23,7 +23,7 @@ from ..parallel import Mesh
 from .configuration import ConfigError
 from .evaluate import load_run
 from .experiment import Experiment
-from .generate import Sample, prompt_tokens, sample_text
+from .generate import Sample, check_length, prompt_tokens, sample_text
 from .manifest import explain_none, list_checkpoints
 from .reporting import Reporter, Silent, Summary
 from .run_directory import RunDirectory, code_version
@@ -66,7 +66,7 @@ def check(experiment: Experiment) -> None:
     longest = build_model(experiment.model, device="meta").max_length
     if longest is not None and experiment.data.context > longest:
         raise ConfigError(f"data.context={experiment.data.context} exceeds the {longest} positions of the model")
-    prompt_tokens(corpus, experiment.sample.prompt)
+    check_length(longest, len(prompt_tokens(corpus, experiment.sample.prompt)), experiment.sample)
 
 
 def train_process(
@@ -78,6 +78,7 @@ def train_process(
     store: Store | None = None,
     device: str | None = None,
     threads: int | None = None,
+    node_size: int | None = None,
     reporter: Reporter | None = None,
     resume: bool = False,
     stop: threading.Event | None = None,
@@ -89,6 +90,7 @@ def train_process(
         store: where the processes meet. By default nothing for one process, torchrun's environment for several.
         device: "cpu" or "cuda"; a GPU where there is one by default. With several, LOCAL_RANK says which.
         threads: for arithmetic on the CPU; this process's share of the cores by default.
+        node_size: processes per machine, neighbours in rank; None when all are on one, or machines differ.
         reporter: told what happens, on rank 0.
         resume: continue the run from its newest whole checkpoint.
         stop: once set on any process, all end after the step at hand with a checkpoint.
@@ -101,7 +103,8 @@ def train_process(
     status, left_behind = "FAILED", None
     try:
         with process_group(rank, world_size, store, device, threads) as own_device:
-            mesh = Mesh(**asdict(experiment.degrees), device=own_device)
+            strategies = experiment.parallel.strategies
+            mesh = Mesh(**asdict(experiment.degrees), device=own_device, strategies=strategies, node_size=node_size)
             trainer = Trainer(experiment, mesh, directory, reporter, tracker=tracker, stop=stop)
             if resume:
                 trainer.restore()
@@ -137,13 +140,13 @@ def train_process(
 def process_group(
     rank: int, world_size: int, store: Store | None, device: str | None, threads: int | None
 ) -> Iterator[str]:
-    """torch.distributed over the run's processes (gloo; NCCL beside it on GPUs); the own device's name is the value."""
+    """torch.distributed over the run's processes (gloo; NCCL beside it on GPUs); the kind of device is the value."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
     backend, name = "gloo", device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
-        backend, name = "cpu:gloo,cuda:nccl", f"cuda:{_local_gpu()}"
-        torch.cuda.set_device(name)
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(_local_gpu())
     if store is None and world_size == 1:
         store = HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)

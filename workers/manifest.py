@@ -27,6 +27,10 @@ _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 
 
+class NoCheckpoint(ValueError):
+    """A run has no checkpoint that is whole."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint holds.
@@ -119,7 +123,7 @@ def list_checkpoints(run: RunDirectory) -> list[Checkpoint]:
 def newest_whole(run: RunDirectory) -> tuple[Checkpoint, Manifest, list[str]]:
     """The newest checkpoint that is whole, and one line for every newer one that is not; reads every byte of them.
 
-    ValueError when there is none. For one process alone; `Checkpointer.latest` shares the reading.
+    NoCheckpoint (a ValueError) when there is none. For one process alone; `Checkpointer.latest` shares the reading.
     """
     rejected: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
@@ -127,7 +131,7 @@ def newest_whole(run: RunDirectory) -> tuple[Checkpoint, Manifest, list[str]]:
         if not problems:
             return checkpoint, checkpoint.read_manifest(), rejected
         rejected.append(rejection(checkpoint, problems))
-    raise ValueError(explain_none(run, rejected))
+    raise NoCheckpoint(explain_none(run, rejected))
 
 
 def rejection(checkpoint: Checkpoint, problems: Sequence[str]) -> str:

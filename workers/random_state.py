@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 
-def seed_everything(seed: int, rank: int) -> None:
-    """Seeds Python's, NumPy's and torch's generators; differently on every process."""
-    mixed = np.random.SeedSequence([seed, rank]).generate_state(2, dtype=np.uint32)
+def seed_everything(seed: int, rank: int, step: int = 0) -> None:
+    """Seeds Python's, NumPy's and torch's generators; differently on every process and from every step on."""
+    mixed = np.random.SeedSequence([seed, rank, step]).generate_state(2, dtype=np.uint32)
     random.seed(int(mixed[0]))
     np.random.seed(int(mixed[1]))
     torch.manual_seed(int(mixed[0]) << 16 ^ int(mixed[1]))

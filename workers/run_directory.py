@@ -48,9 +48,12 @@ class RunConfig(Settings):
 
     @field_validator("directory")
     @classmethod
-    def _directory_holds_no_secret(cls, directory: str) -> str:
+    def _directory_is_complete_and_holds_no_secret(cls, directory: str) -> str:
         if not directory:
             raise ValueError("run.directory is empty; give a path or a URL")
+        if "://" not in directory:
+            # Processes that a cluster starts have other current directories.
+            return str(Path(directory).expanduser().absolute())
         return refuse_credentials("run.directory", directory, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
 

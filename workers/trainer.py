@@ -7,7 +7,6 @@ A step: the loader's slice -> loss -> backward (each process's part of the gradi
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from dataclasses import asdict, replace
@@ -22,10 +21,11 @@ from ..models import LanguageModel, Losses, build_model, initialise
 from ..parallel import CommunicationLedger, Mesh, clip_gradients, shard_model
 from .checkpoint import Checkpointer, gloo_group
 from .experiment import Experiment
-from .manifest import Manifest
-from .metrics import StepRecord
+from .manifest import Manifest, NoCheckpoint
+from .metrics import StepRecord, read_records
 from .optimization import ShardedAdamW, learning_rate
 from .random_state import seed_everything
+from .recovery import LossGuard, record_skipped, skipped_positions
 from .reporting import Reporter, RunStart, Silent
 from .run_directory import RunDirectory, code_version, timestamp
 from .tracking import Tracker
@@ -33,6 +33,14 @@ from .tracking import Tracker
 
 class TrainingError(Exception):
     """Training cannot go on; the message is one line with the cause and what to do."""
+
+
+class BadLoss(TrainingError):
+    """A step whose loss or gradient cannot be trained on; the weights have not seen it. `position`: of its batch."""
+
+    def __init__(self, message: str, position: int) -> None:
+        super().__init__(message)
+        self.position = position
 
 
 class Trainer:
@@ -74,6 +82,7 @@ class Trainer:
         self.optimizer = ShardedAdamW(self.model, experiment.train)
         self.checkpointer = Checkpointer(run, experiment.checkpoint, self.model, self.optimizer)
         self._control = gloo_group()
+        self._guard, self._skipped, self._setbacks = LossGuard(experiment.recovery), set[int](), 0
         self._process = psutil.Process()
         self._bounds = mesh.shard(experiment.data.context)
         share = {"data_rank": mesh.data_rank, "data_size": mesh.data_size}
@@ -84,6 +93,7 @@ class Trainer:
     def restore(self) -> None:
         """Continues from the newest whole checkpoint. ValueError when the run has none."""
         checkpoint, manifest, rejected = self.checkpointer.latest()
+        seed_everything(self.experiment.seed, self.mesh.rank, manifest.step)
         self.checkpointer.load(checkpoint, manifest)
         self.step_count, self.tokens = manifest.step, manifest.tokens
         self.position = resume_position(manifest, self.experiment.data.context, self.experiment.data.batch)
@@ -97,16 +107,24 @@ class Trainer:
     def train(self) -> bool:
         """Makes the steps that are left; True when none is left, False when asked to stop before.
 
-        Raises TrainingError when the loss is no number, CheckpointError when a checkpoint cannot be written.
+        Raises TrainingError when the loss stays bad, CheckpointError when a checkpoint cannot be written.
         """
+        self._prepare_guard()
         self.loader.seek(self.position)
         if self.first:
+            if self.step_count == 0:
+                self.run.metrics.rewind(0)  # of an earlier start that left no checkpoint
             self.run.record_start(self.step_count, self.mesh.world_size, asdict(self.mesh.degrees))
             self.reporter.started(self._start())
         saved, stopping = self.step_count, False
         try:
             while self.step_count < self.experiment.train.steps and not stopping:
-                record, stopping = self.step()
+                try:
+                    record, stopping = self.step()
+                except BadLoss as bad:
+                    self._go_past(bad)
+                    saved = min(saved, self.step_count)
+                    continue
                 if self._due(self.experiment.train.validate_every) or self.step_count == self.experiment.train.steps:
                     self.validation_loss = self.validate()
                     record = replace(record, validation_loss=self.validation_loss)
@@ -130,20 +148,22 @@ class Trainer:
         """One optimiser step; its record, and whether any process was asked to stop."""
         began = time.perf_counter()
         self.ledger.reset()
+        while self.position in self._skipped:
+            self.position += 1
+            self.loader.seek(self.position)
         batch = next(self.loader)
         losses = self._losses(batch)
         losses.total.backward()
         clip = self.experiment.train.clip
         norm = float(clip_gradients(self.model.parameters(), clip if clip > 0 else None, self.mesh))
         loss = float(losses.cross_entropy.detach())
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(
-                f"the loss is {loss} and the gradient's norm {norm} at step {self.step_count + 1}; resume from the "
-                "last checkpoint with a lower train.learning_rate or train.clip"
-            )
+        if problem := self._guard.problem(loss, norm):
+            self.optimizer.zero_grad()
+            raise BadLoss(f"{problem} at step {self.step_count + 1}", batch.step)
         rate = learning_rate(self.experiment.train, self.step_count + 1)
         self.optimizer.step(rate)
         self.optimizer.zero_grad()
+        self._guard.add(loss)
         self.step_count += 1
         self.position = batch.step + 1
         step_tokens = self.experiment.data.context * self.experiment.data.batch
@@ -197,6 +217,41 @@ class Trainer:
             files={},
         )
         self.checkpointer.save(progress, wait=wait)
+        self._setbacks = 0
+
+    def _prepare_guard(self) -> None:
+        """Batches found bad before, and the losses that a spike is measured against; known to all processes."""
+        known: list[object] = [None, None]
+        if self.first:
+            data = self.experiment.data
+            known[0] = skipped_positions(self.run, data.context, data.batch)
+            known[1] = [record.loss for record in read_records(self.run.storage) if record.step <= self.step_count]
+        dist.broadcast_object_list(known, src=0, group=self._control)
+        skipped, losses = known
+        assert isinstance(skipped, set) and isinstance(losses, list)
+        self._skipped, self._guard = skipped, LossGuard(self.experiment.recovery, losses)
+
+    def _go_past(self, bad: BadLoss) -> None:
+        """Leaves a bad batch out for good, and rolls back first if that is asked for. TrainingError: too often."""
+        recovery, data = self.experiment.recovery, self.experiment.data
+        self._setbacks += 1
+        if recovery.bad_loss == "stop" or self._setbacks > recovery.max_failures:
+            raise TrainingError(
+                f"{bad}; resume from the last checkpoint with a lower train.learning_rate or train.clip"
+            ) from bad
+        self.checkpointer.wait()
+        if self.first:
+            entry = {"step": self.step_count + 1, "position": bad.position, "context": data.context}
+            record_skipped(self.run, **entry, batch=data.batch, cause=str(bad))
+        back = ""
+        if recovery.bad_loss == "rollback":
+            with contextlib.suppress(NoCheckpoint):
+                self.restore()
+                back = f" and the run is back at step {self.step_count}"
+        self._prepare_guard()
+        self.loader.seek(self.position)
+        if self.first:
+            self.reporter.noted(f"{bad}: batch {bad.position} is left out{back}")
 
     def _losses(self, batch: Batch) -> Losses:
         shard = self.mesh.shard(self.experiment.data.context, batch.document_starts, self.ledger)
@@ -205,7 +260,7 @@ class Trainer:
 
     def _exchange(self, wait_share: float) -> tuple[float, int, bool]:
         """Mean share of waiting, largest memory, and whether anyone wants to stop, over all processes."""
-        on_gpu = self.mesh.device.startswith("cuda")
+        on_gpu = self.mesh.device == "cuda"
         memory = torch.cuda.max_memory_allocated() if on_gpu else self._process.memory_info().rss
         own = torch.tensor([wait_share, float(memory), float(self.stop.is_set())], dtype=torch.float64)
         everyone: list[Tensor] = [torch.empty_like(own) for _ in range(self.mesh.world_size)]

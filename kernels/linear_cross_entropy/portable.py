@@ -41,14 +41,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits_SV = F.linear(hidden_SD, weight_VD, bias).to(dtype)
             counted_S = targets_S != ignore_index
             index_S1 = torch.where(counted_S, targets_S, 0).unsqueeze(1)
-            normaliser_S1 = logits_SV.logsumexp(1, keepdim=True)
-            loss_S1 = normaliser_S1 - logits_SV.gather(1, index_S1)
+            target_S1, highest_S1 = logits_SV.gather(1, index_S1), logits_SV.amax(1, keepdim=True)
+            # The logits become their exponentials and then their gradient in place: one matrix of them exists.
+            grad_SV = logits_SV.sub_(highest_S1).exp_()
+            normaliser_S1 = grad_SV.sum(1, keepdim=True)
+            loss_S1 = normaliser_S1.log() + highest_S1 - target_S1
             total += torch.where(counted_S.unsqueeze(1), loss_S1, 0.0).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
-            # softmax - one-hot, in the memory of the logits
-            grad_SV = logits_SV.sub_(normaliser_S1).exp_()
-            grad_SV.scatter_add_(1, index_S1, torch.full_like(normaliser_S1, -1.0))
+            grad_SV.div_(normaliser_S1).scatter_add_(1, index_S1, torch.full_like(normaliser_S1, -1.0))
             grad_SV.masked_fill_(~counted_S.unsqueeze(1), 0.0)
             if grad_bias is not None:
                 grad_bias += grad_SV.sum(0)

@@ -7,6 +7,7 @@ github.com/state-spaces/mamba, layernorm_gated.py with norm_before_gate=False).
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from .portable import RMSNorm
 
 __all__ = ["rms_norm"]
@@ -31,4 +32,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, gate: Tensor | Non
     if groups < 1 or width % groups:
         raise ValueError(f"rms_norm: width {width} is not a multiple of groups={groups}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return RMSNorm.apply(x, weight.to(dtype), gate, groups, eps)
+    function = RMSNorm
+    if triton_support.takes(x, weight, gate):
+        from .triton_norm import WIDEST, TritonRMSNorm
+
+        function = TritonRMSNorm if width // groups <= WIDEST else RMSNorm
+    return function.apply(x, weight.to(dtype), gate, groups, eps)

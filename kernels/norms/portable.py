@@ -39,7 +39,7 @@ class RMSNorm(torch.autograd.Function):
         pieces = _gated(x, gate, ctx.groups, weight.dtype)
         grad = grad.to(weight.dtype)
         normalised = pieces * scale
-        grad_weight = (grad * normalised.flatten(-2)).view(-1, len(weight)).sum(0)
+        grad_weight = (grad * normalised.flatten(-2)).reshape(-1, len(weight)).sum(0)
         grad_pieces = (grad * weight).unflatten(-1, (ctx.groups, -1))
         mean = (grad_pieces * normalised).mean(-1, keepdim=True)
         grad_input = normalised.mul_(-mean).add_(grad_pieces).mul_(scale).flatten(-2)

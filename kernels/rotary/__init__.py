@@ -6,6 +6,7 @@ Legend: B batch, T tokens, H heads, K head dimension.
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from .portable import Rotary, angles
 
 __all__ = ["rotary"]
@@ -34,4 +35,7 @@ def rotary(x_BTHK: Tensor, positions: Tensor, *, base: float = 10000.0, style: s
         )
     cos, sin = angles(positions, head_dim // 2, base)
     dtype = torch.float64 if x_BTHK.dtype == torch.float64 else torch.float32
-    return Rotary.apply(x_BTHK, cos.to(dtype), sin.to(dtype), style == "pairs")
+    function = Rotary
+    if triton_support.takes(x_BTHK):
+        from .triton_rotary import TritonRotary as function
+    return function.apply(x_BTHK, cos.to(dtype), sin.to(dtype), style == "pairs")

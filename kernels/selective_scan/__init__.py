@@ -8,7 +8,9 @@ can be cut anywhere. Legend: B batch, T tokens, D channels, N states per channel
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from ..documents import checked_starts
+from . import compiled
 from .portable import SelectiveScan
 from .readout import Readout
 
@@ -71,7 +73,12 @@ def selective_scan(
     dtype = _state_dtype(u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D, z_BTD, delta_bias, initial_state)
     if initial_state is None:
         initial_state = torch.zeros(batch, channels, states, dtype=dtype, device=u_BTD.device)
-    return SelectiveScan.apply(
+    function: type[torch.autograd.Function] = SelectiveScan
+    if triton_support.takes(u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D, z_BTD, delta_bias, initial_state):
+        from .triton_scan import TritonSelectiveScan as function
+    elif compiled.takes(u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, z_BTD, dtype):
+        function = compiled.CompiledSelectiveScan
+    return function.apply(
         u_BTD,
         delta_BTD,
         A_DN.to(dtype),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import triton_support
 from ..documents import checked_starts
 from ..long_convolution import long_convolution
 from .portable import ShortConvolution
@@ -15,6 +16,7 @@ from .portable import ShortConvolution
 __all__ = ["short_convolution"]
 
 _WIDEST_SHIFT_ADD = 32  # beyond this many taps the Fourier path needs fewer operations
+_WIDEST_FUSED_SILU = 8  # the Triton backward holds 2 W - 1 tokens in registers
 
 
 def short_convolution(
@@ -58,7 +60,13 @@ def short_convolution(
     weight_DW = weight_DW.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if width <= _WIDEST_SHIFT_ADD:
-        return ShortConvolution.apply(x_BTD, weight_DW, bias, halo.to(x_BTD.dtype), starts_BT, activation == "silu")
+        function, silu = ShortConvolution, activation == "silu"
+        if triton_support.takes(x_BTD, weight_DW, bias):
+            from .triton_convolution import TritonShortConvolution as function
+
+            if silu and width > _WIDEST_FUSED_SILU:
+                return F.silu(function.apply(x_BTD, weight_DW, bias, halo.to(x_BTD.dtype), starts_BT, False))
+        return function.apply(x_BTD, weight_DW, bias, halo.to(x_BTD.dtype), starts_BT, silu)
     extended = torch.cat((halo.to(x_BTD.dtype), x_BTD), 1)
     if starts_BT is not None:
         starts_BT = F.pad(starts_BT, (width - 1, 0))

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .. import triton_support
 from .portable import SwiGLU
 
 __all__ = ["swiglu"]
@@ -17,4 +18,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(
             f"swiglu: gate is {tuple(gate.shape)} {gate.dtype} and up is {tuple(up.shape)} {up.dtype}; they must agree"
         )
-    return SwiGLU.apply(gate, up)
+    function = SwiGLU
+    if triton_support.takes(gate, up):
+        from .triton_swiglu import TritonSwiGLU as function
+    return function.apply(gate, up)

@@ -10,17 +10,21 @@ Shapes: B batch, T tokens of this shard, D model width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ...parallel import SequenceShard
+from ...parallel import SequenceShard, halo
 from ..parameters import ParameterModule
 
 State = dict[str, Tensor]
 """What a layer remembers between tokens of one decoded batch. The first dimension is the batch, or 1 if rows share."""
+
+Shared = dict[str, Tensor]
+"""What the first layer of a family hands to its later layers of the same token, by family: (B, T, ...) or (B, ...)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class LayerPlace:
 
     Attributes:
         index: 0 for the first layer.
+        first_of_family: no earlier layer has a mixer of the same family.
         norm_eps: for norms inside the layer.
         init_std: standard deviation of initial weights where the family says no better.
     """
@@ -38,6 +43,7 @@ class LayerPlace:
     num_layers: int
     norm_eps: float
     init_std: float
+    first_of_family: bool = True
 
 
 class Options(BaseModel):
@@ -76,6 +82,34 @@ class Mixer(ParameterModule, ABC):
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """One token later: (y_BD, the next state). Token by token this equals `forward` on one whole document."""
 
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        """`forward` on one document, and the state after this shard's last token, from which `step` goes on.
+
+        `state` is the one before the sequence, the same on every process. This steps through all tokens up to this
+        shard's last; families with a quicker way have their own.
+        """
+        y_BTD, state, _ = step_through(lambda x_BD, s, _: (*self.step(x_BD, s), {}), x_BTD, shard, state, {})
+        return y_BTD, state
+
+    def share(self, x_BTD: Tensor, shard: SequenceShard, shared: Shared) -> tuple[Tensor, Shared]:
+        """`forward` within a model: the outputs, and what it adds to what layers share. Most families share nothing."""
+        return self(x_BTD, shard), {}
+
+    def share_step(self, x_BD: Tensor, state: State, shared: Shared) -> tuple[Tensor, State, Shared]:
+        """`step` within a model."""
+        return *self.step(x_BD, state), {}
+
+    def share_prefill(
+        self, x_BTD: Tensor, shard: SequenceShard, state: State, shared: Shared
+    ) -> tuple[Tensor, State, Shared]:
+        """`prefill` within a model."""
+        if type(self).share_step is Mixer.share_step:
+            return *self.prefill(x_BTD, shard, state), {}
+        return step_through(self.share_step, x_BTD, shard, state, shared)
+
+    def end_step(self) -> None:
+        """After an optimiser step: what a layer adapts by other means than gradients. Every process calls it."""
+
     @abstractmethod
     def flops_per_token(self, context: int) -> float:
         """Forward floating-point operations a token (a multiply-add is two), mean over a sequence of `context`."""
@@ -83,6 +117,44 @@ class Mixer(ParameterModule, ABC):
     @abstractmethod
     def state_bytes(self, context: int) -> int:
         """Bytes of the decoding state of one sequence after `context` tokens, in the dtype of the parameters."""
+
+
+def step_through(
+    step: Callable[[Tensor, State, Shared], tuple[Tensor, State, Shared]],
+    x_BTD: Tensor,
+    shard: SequenceShard,
+    state: State,
+    shared: Shared,
+) -> tuple[Tensor, State, Shared]:
+    """Outputs at this shard's tokens, the state after the last, and what they share, one token after the other."""
+    x_BSD = tokens_so_far(x_BTD, shard)
+    shared = {family: tokens_so_far(values, shard) for family, values in shared.items()}
+    outputs: list[Tensor] = []
+    additions: list[Shared] = []
+    for token in range(x_BSD.shape[1]):
+        y_BD, state, added = step(x_BSD[:, token], state, {name: values[:, token] for name, values in shared.items()})
+        if token >= shard.start:
+            outputs.append(y_BD)
+            additions.append(added)
+    added = {name: torch.stack([each[name] for each in additions], dim=1) for name in additions[0]}
+    return torch.stack(outputs, dim=1), state, added
+
+
+def tokens_so_far(x_BTD: Tensor, shard: SequenceShard) -> Tensor:
+    """All tokens of the sequence up to this shard's last: (B, shard.stop, ...)."""
+    if shard.size == 1:
+        return x_BTD
+    before_BWD = halo(x_BTD, shard.bounds[-2], shard)
+    return torch.cat([before_BWD[:, before_BWD.shape[1] - shard.start :], x_BTD], dim=1)
+
+
+def window_before(x_BTD: Tensor, carried_BWD: Tensor, shard: SequenceShard) -> Tensor:
+    """The W tokens before this shard; those before the sequence are `carried_BWD`, from an earlier one."""
+    width = carried_BWD.shape[1]
+    before_BWD = halo(x_BTD, width, shard)
+    if shard.start >= width:
+        return before_BWD
+    return torch.cat([carried_BWD[:, shard.start :], before_BWD[:, width - shard.start :]], dim=1)
 
 
 def linear_flops(*parameters: Tensor | None) -> float:

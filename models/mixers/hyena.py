@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ...kernels import short_convolution
 from ...parallel import Filter, SequenceShard, convolve, halo
 from ..parameters import Linear, ParameterModule, at_least_float32, constant, fan_in_uniform, normal, uniform
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
+from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, tokens_so_far, window_before
 
 LAGS_AT_ONCE = 1 << 16
 """Lags of a filter whose hidden activations exist at one time; longer filters are recomputed in the backward pass."""
@@ -136,20 +136,39 @@ class Hyena(Mixer):
         self.out_proj = Linear(place.width, place.width, out_init, bias=True)
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
-        self.check_length(shard.length)
         streams_BTM = self.in_proj(x_BTD)
+        return self.mix(streams_BTM, halo(streams_BTM, self.conv_weight.shape[1] - 1, shard), shard)[0]
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        if state["history"].shape[1]:
+            return super().prefill(x_BTD, shard, state)
+        streams_BTM = self.in_proj(x_BTD)
+        before_BWM = window_before(streams_BTM, state["conv"], shard)
+        y_BTD, inputs = self.mix(streams_BTM, before_BWM, shard)
+        lags_L = torch.arange(shard.stop, device=x_BTD.device)
+        taps = [self.filter(lags_L, slice(0, self.width), convolution) for convolution in range(self.order - 1)]
+        return y_BTD, {
+            "conv": torch.cat([before_BWM, streams_BTM], dim=1)[:, -before_BWM.shape[1] :],
+            "history": tokens_so_far(torch.stack(inputs, dim=2), shard),
+            "taps": torch.stack(taps).unsqueeze(0),
+        }
+
+    def mix(self, streams_BTM: Tensor, before_BWM: Tensor, shard: SequenceShard) -> tuple[Tensor, list[Tensor]]:
+        """The outputs, and the inputs (B, T, D) of each long convolution."""
+        self.check_length(shard.length)
+        dtype, inputs = streams_BTM.dtype, []
         streams_BTM = short_convolution(
             streams_BTM,
             self.conv_weight,
             self.conv_bias,
-            halo=halo(streams_BTM, self.conv_weight.shape[1] - 1, shard),
-            document_starts=shard.start_mask(x_BTD.device),
+            halo=before_BWM,
+            document_starts=shard.start_mask(streams_BTM.device),
         )
         *gates, v_BTD = streams_BTM.split(self.width, dim=-1)
         for convolution in range(self.order - 1):
-            gated_BTD = gates.pop() * v_BTD
-            v_BTD = convolve(gated_BTD, self.taps(convolution), shard, skip=self.skip[convolution])
-        return self.out_proj((gates.pop() * v_BTD).to(x_BTD.dtype))
+            inputs.append(gates.pop() * v_BTD)
+            v_BTD = convolve(inputs[-1], self.taps(convolution), shard, skip=self.skip[convolution])
+        return self.out_proj((gates.pop() * v_BTD).to(dtype)), inputs
 
     def taps(self, convolution: int) -> Filter:
         """The filter as `parallel.convolve` asks for it: (global lags, channels) -> taps."""

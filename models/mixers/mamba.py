@@ -24,7 +24,7 @@ from torch import Tensor
 from ...kernels import selective_scan, selective_scan_readout, short_convolution
 from ...parallel import PerChannel, SequenceShard, halo, prefix_state
 from ..parameters import Initialiser, Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, uniform
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
+from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
 
 
 class MambaOptions(MixerOptions):
@@ -67,24 +67,48 @@ class Mamba(Mixer):
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
         u_BTC, z_BTC = self.in_proj(x_BTD).chunk(2, dim=-1)
-        starts_BT = shard.start_mask(x_BTD.device)
-        width = self.conv_weight.shape[1]
+        before_BWC = halo(u_BTC, self.conv_weight.shape[1] - 1, shard)
+        y_BTC, _ = self.scan(u_BTC, before_BWC, None, shard)
+        return self.out_proj((y_BTC * F.silu(z_BTC)).to(x_BTD.dtype))
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        u_BTC, z_BTC = self.in_proj(x_BTD).chunk(2, dim=-1)
+        before_BWC = window_before(u_BTC, state["conv"], shard)
+        y_BTC, leaving_BCN = self.scan(u_BTC, before_BWC, state["scan"], shard)
+        conv_BWC = torch.cat([before_BWC, u_BTC], dim=1)[:, -before_BWC.shape[1] :]
+        return self.out_proj((y_BTC * F.silu(z_BTC)).to(x_BTD.dtype)), {"conv": conv_BWC, "scan": leaving_BCN}
+
+    def scan(
+        self, u_BTC: Tensor, before_BWC: Tensor, initial_BCN: Tensor | None, shard: SequenceShard
+    ) -> tuple[Tensor, Tensor]:
+        """Convolution and scan: y before the gate, and the state that leaves this shard.
+
+        `initial_BCN`: the state before the sequence, where there is one.
+        """
+        starts_BT = shard.start_mask(u_BTC.device)
         u_BTC = short_convolution(
-            u_BTC,
-            self.conv_weight,
-            self.conv_bias,
-            halo=halo(u_BTC, width - 1, shard),
-            activation="silu",
-            document_starts=starts_BT,
+            u_BTC, self.conv_weight, self.conv_bias, halo=before_BWC, activation="silu", document_starts=starts_BT
         )
         delta_BTC, B_BTN, C_BTN = self.select(u_BTC)
         A_CN = self.rates()
-        y_BTC, final_BCN = selective_scan(u_BTC, delta_BTC, A_CN, B_BTN, C_BTN, D=self.D, document_starts=starts_BT)
-        if shard.size > 1:
-            transition = PerChannel(A_CN, delta_BTC.sum(dim=1), shard.reset_mask(x_BTD.device))
-            entering_BCN = prefix_state(transition, final_BCN, shard)
-            y_BTC = y_BTC + selective_scan_readout(entering_BCN, delta_BTC, A_CN, C_BTN, document_starts=starts_BT)
-        return self.out_proj((y_BTC * F.silu(z_BTC)).to(x_BTD.dtype))
+        y_BTC, leaving_BCN = selective_scan(
+            u_BTC,
+            delta_BTC,
+            A_CN,
+            B_BTN,
+            C_BTN,
+            D=self.D,
+            initial_state=initial_BCN if shard.rank == 0 else None,
+            document_starts=starts_BT,
+        )
+        if shard.size == 1:
+            return y_BTC, leaving_BCN
+        transition = PerChannel(A_CN, delta_BTC.sum(dim=1), shard.reset_mask(u_BTC.device))
+        entering_BCN = prefix_state(transition, leaving_BCN, shard)
+        y_BTC = y_BTC + selective_scan_readout(entering_BCN, delta_BTC, A_CN, C_BTN, document_starts=starts_BT)
+        if initial_BCN is not None:
+            leaving_BCN = leaving_BCN + torch.exp(A_CN * delta_BTC.sum(dim=1).unsqueeze(-1)) * entering_BCN
+        return y_BTC, leaving_BCN
 
     def rates(self) -> Tensor:
         """A (C, N), negative, in float32 or better: half types would move the slow decays by percents."""

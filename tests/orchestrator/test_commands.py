@@ -58,8 +58,7 @@ def test_train_resume_generate_evaluate_list(run: Path, capsys: pytest.CaptureFi
 def test_resumed_losses_are_those_of_the_run_that_went_on(run: Path, place: Path) -> None:
     """Bitwise, from a checkpoint in the middle of the schedule."""
     reference = losses(run)
-    for step in (6,):
-        find_run("runs/small").storage.remove(f"checkpoints/step-{step:08d}")
+    find_run("runs/small").storage.remove("checkpoints/step-00000006")
     assert main(["resume", "runs/small"]) == 0
     assert losses(run) == reference
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
@@ -71,9 +70,13 @@ def test_a_damaged_checkpoint_is_named(run: Path, capsys: pytest.CaptureFixture[
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    assert main(["checkpoints", "small"]) == 0
+    assert main(["checkpoints", "small"]) == 0  # nothing was read yet
+    capsys.readouterr()
     assert main(["checkpoints", "small", "--verify"]) == 1
-    assert f"step-00000006  {shard.name}" not in capsys.readouterr().out
+    whole, broken = capsys.readouterr().out.splitlines()[1:]
+    assert whole.endswith("whole, verified")
+    assert broken.startswith("step-00000006")
+    assert f"broken: {shard.name} is damaged" in broken
     assert main(["generate", "small", "--prompt", "a", "--tokens", "1"]) == 0
     assert "step-00000006 is skipped" in capsys.readouterr().err
 
@@ -113,7 +116,9 @@ def test_under_torchrun(run: Path, place: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["-m", "longstride.orchestrator", "train", "small.yaml", "run.name=launched"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [*command, *words], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished at step 6/6") == 1
     assert losses(place / "runs" / "launched") == pytest.approx(losses(run), rel=1e-5)

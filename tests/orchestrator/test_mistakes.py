@@ -43,6 +43,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no such run to list": (("checkpoints", "nothing"), ("nothing",)),
     "generate without a prompt": (("generate", "small"), ("--prompt",)),
     "bad number": (("generate", "small", "--prompt", "a", "--tokens", "x"), ("--tokens", "'x'")),
+    "more workers than this machine holds": (
+        (*TRAIN, "workers=4096", "parallel.sequence=2", "data.batch=2048"),
+        ("workers=4096", "CPUs and", "GPUs on 1 node", "or fewer"),
+    ),
     "no cluster at the address": ((*TRAIN, "--address", "127.0.0.1:1"), ("127.0.0.1:1", "refused")),
     "no address": ((*TRAIN, "--address", "nowhere"), ("nowhere", "host:port")),
     "an address of Ray Client": ((*TRAIN, "--address", "ray://head:10001"), ("ray://head:10001", "host:port")),
@@ -68,7 +72,8 @@ def test_unwritable_run_directory(place: Path, capsys: pytest.CaptureFixture[str
     assert _main(*TRAIN, "run.directory=taken") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "run.directory=taken" in error
+    assert "run.directory=" in error
+    assert "taken cannot be written" in error
 
 
 def test_a_name_that_is_taken(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,10 @@ import time
 import pytest
 
 from longstride.orchestrator import cluster, launcher
-from longstride.orchestrator.cluster import Cluster, Resources
-from longstride.orchestrator.failures import Fault, RunFailed, is_mistake, one_line, raise_fault, root_cause
+from longstride.orchestrator.cluster import Resources, choose_device
+from longstride.orchestrator.failures import Fault, RunFailed, Terminated, is_mistake, one_line, raise_fault, root_cause
 from longstride.orchestrator.records import Outbox
-from longstride.orchestrator.stopping import ECHO_SECONDS, StopRequest, stoppable
+from longstride.orchestrator.stopping import ECHO_SECONDS, StopRequest, postponed, stoppable, terminable, undisturbed
 from longstride.orchestrator.tables import amount_of_bytes, columns
 
 ECHO = Fault(0, "RuntimeError", "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:31416")
@@ -32,12 +32,12 @@ def test_the_cause_is_told_from_its_echoes() -> None:
     with pytest.raises(RunFailed, match=r"^worker 1 \(process 1\) failed: IndexError: list index") as caught:
         raise_fault([ECHO, BUG], PLACES)
     assert caught.value.details == "Traceback ..."
-    with pytest.raises(ValueError, match="^no such corpus$"):
+    with pytest.raises(ValueError, match=r"^no such corpus$"):
         raise_fault([MISTAKE, ECHO], PLACES)
 
 
 def test_messages_for_the_user_stand_as_they_are() -> None:
-    with pytest.raises(RunFailed, match="^the loss is nan$"):
+    with pytest.raises(RunFailed, match=r"^the loss is nan$"):
         raise_fault([Fault(0, "TrainingError", "the loss is nan")], PLACES)
 
 
@@ -88,6 +88,18 @@ def test_the_second_signal_ends_what_the_first_only_asked_to(monkeypatch: pytest
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_waits_for_what_cannot_be_left_half_made() -> None:
+    reached = False
+    with pytest.raises(Terminated), postponed():
+        signal.raise_signal(signal.SIGTERM)
+        reached = True
+    assert reached
+    with undisturbed():
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Terminated), terminable():
+        signal.raise_signal(signal.SIGTERM)
+
+
 @pytest.mark.parametrize(
     ("there", "local", "workers", "device"),
     [
@@ -97,9 +109,8 @@ def test_the_second_signal_ends_what_the_first_only_asked_to(monkeypatch: pytest
         (Resources(1, 8, 1), True, 2, "cpu"),  # a laptop with one GPU runs the two-worker example
     ],
 )
-def test_devices(there: Resources, local: bool, workers: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Cluster, "resources", lambda self: there)
-    assert Cluster(local).device(workers) == device
+def test_devices(there: Resources, local: bool, workers: int, device: str) -> None:
+    assert choose_device(workers, there, local) == device
 
 
 @pytest.mark.parametrize(
@@ -110,12 +121,9 @@ def test_devices(there: Resources, local: bool, workers: int, device: str, monke
         (Resources(2, 96, 8), False, 16, "96 CPUs and 8 GPUs on 2 nodes: use workers=8 or fewer"),
     ],
 )
-def test_more_workers_than_there_is_room_for(
-    there: Resources, local: bool, workers: int, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Cluster, "resources", lambda self: there)
+def test_more_workers_than_there_is_room_for(there: Resources, local: bool, workers: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Cluster(local).device(workers)
+        choose_device(workers, there, local)
 
 
 def test_a_launcher_sets_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longstride.kernels.long_convolution.reference import long_convolution_reference
-from longstride.parallel import FiniteFilter, SequenceShard, convolve
+from longstride.parallel import FiniteFilter, ModalFilter, SequenceShard, convolve
 from tests.distributed import run_ranks
 from tests.parallel.oracles import gathered, local, normal, relative_error
 
@@ -26,12 +26,20 @@ class Implicit:
         return torch.exp(-decay.abs() * lags_K / 10) * torch.cos(frequency * lags_K)
 
 
-def make(kind: str, parameters: Tensor) -> Implicit | FiniteFilter:
-    return Implicit(parameters) if kind == "implicit" else FiniteFilter(parameters)
+def make(kind: str, parameters: Tensor) -> Implicit | FiniteFilter | ModalFilter:
+    if kind == "implicit":
+        return Implicit(parameters)
+    if kind == "finite":
+        return FiniteFilter(parameters)
+    decay, *rest = parameters.unbind(1)
+    if kind == "real modes":
+        return ModalFilter(-decay.abs() / 5, rest[0])
+    return ModalFilter(torch.complex(-decay.abs() / 5, rest[0]), torch.complex(rest[1], rest[2]))
 
 
 def parameters_of(kind: str) -> Tensor:
-    return (normal(D, 2, seed=1) if kind == "implicit" else normal(D, 9, seed=1)).requires_grad_()
+    shape = {"implicit": (D, 2), "finite": (D, 9), "real modes": (D, 2, 3), "complex modes": (D, 4, 3)}[kind]
+    return normal(*shape, seed=1).requires_grad_()
 
 
 def split(rank: int, world: int, length: int, kind: str, form: str, documents: object) -> tuple[Tensor, ...]:
@@ -53,7 +61,17 @@ def whole(length: int, kind: str, documents: object) -> tuple[Tensor, ...]:
     return y.detach(), u.grad, parameters.grad, skip.grad  # type: ignore[return-value]
 
 
-CASES = [("implicit", "channels"), ("implicit", "length"), ("finite", "halo"), ("finite", "length"), ("finite", "auto")]
+CASES = [
+    ("real modes", "state"),
+    ("complex modes", "auto"),
+    ("complex modes", "channels"),
+    ("complex modes", "length"),
+    ("implicit", "channels"),
+    ("implicit", "length"),
+    ("finite", "halo"),
+    ("finite", "length"),
+    ("finite", "auto"),
+]
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one", "packed"])
@@ -83,12 +101,16 @@ def test_bytes_of_each_form() -> None:
     length = [int(r[4]) for r in run_ranks(split, 4, 32, "implicit", "length", None)]
     assert length == [2 * (6 * one_way + 2 * one_way // B)] * 4
     halo = [int(r[4]) for r in run_ranks(split, 4, 32, "finite", "halo", None)]
+    for sent in [int(r[4]) for r in run_ranks(split, 2, 32, "complex modes", "state", None)]:
+        assert sent == 2 * 8 * B * D * 3 * 2  # both ways, 3 complex modes a channel
     assert halo == [8 * B * 8 * D, 2 * 8 * B * 8 * D, 2 * 8 * B * 8 * D, 8 * B * 8 * D]
 
 
 def test_bad_forms_are_named() -> None:
     shard = SequenceShard.whole(8)
-    with pytest.raises(ValueError, match="unknown convolution form 'magic': choose auto, channels, length, halo"):
+    with pytest.raises(
+        ValueError, match="unknown convolution form 'magic': choose auto, channels, length, halo, state"
+    ):
         convolve(normal(1, 8, D), make("implicit", parameters_of("implicit")), shard, form="magic")
     with pytest.raises(ValueError, match="needs a finite filter"):
         convolve(normal(1, 8, D), make("implicit", parameters_of("implicit")), shard, form="halo")

@@ -99,6 +99,7 @@ def test_a_batch_must_divide_over_the_data_degree(config: str) -> None:
         ("data.context=32768", "data.context=32768 exceeds the 16384 positions of the model"),
         ("data.context=1000000000", "data.context"),
         ("sample.prompt=''", "sample.prompt is empty"),
+        ("sample.tokens=20000", "set sample.tokens="),
     ],
 )
 def test_what_only_the_data_and_the_model_show_is_refused_before_a_run_is_made(
@@ -122,6 +123,16 @@ def test_a_config_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_shipped_configs_are_sound(path: Path) -> None:
     check(Experiment.load(str(path)))
+
+
+def test_the_quickstart_splits_everything_and_also_runs_alone() -> None:
+    path = next(str(path) for path in CONFIGS if path.stem == "quickstart")
+    degrees = Experiment.load(path).degrees
+    assert (degrees.data, degrees.sequence, degrees.expert) == (1, 2, 2)
+    alone = Experiment.load(path, ["parallel.sequence=1", "workers=1"]).degrees
+    assert (alone.data, alone.sequence, alone.expert) == (1, 1, 1)
+    four = Experiment.load(path, ["workers=4", "parallel.data=2", "data.batch=2"]).degrees
+    assert (four.data, four.sequence, four.expert) == (2, 2, 4)
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
+import torch
 
 from longstride.workers.evaluate import evaluate, load_run
 from longstride.workers.metrics import read_records
@@ -115,6 +117,23 @@ def test_a_loss_that_is_no_number_stops_the_run_with_advice(tmp_path: Path) -> N
     message = run_ranks(diverge, 1, str(tmp_path))[0]
     assert message.startswith("TrainingError: the loss is nan")
     assert "lower train.learning_rate" in message
+
+
+def live_tensors(rank: int, world_size: int, directory: str) -> list[int]:
+    """Tensors alive after each of some steps; before the first step the optimiser and FSDP have not settled."""
+    trainer = make_trainer(tiny_experiment(directory, f"workers={world_size}", "data.prefetch=0"), rank)
+    counts = []
+    for _ in range(6):
+        trainer.step()
+        gc.collect()
+        counts.append(sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()))
+    return counts
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_step_leaves_nothing_behind(tmp_path: Path, workers: int) -> None:
+    for counts in run_ranks(live_tensors, workers, str(tmp_path)):
+        assert len(set(counts[1:])) == 1, counts
 
 
 def undecayed(rank: int, world_size: int, directory: str) -> set[str]:

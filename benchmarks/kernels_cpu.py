@@ -1,0 +1,149 @@
+"""Every kernel on the CPU beside what one would use instead: forward and backward, time and peak memory, in one run.
+
+    python -m benchmarks.kernels_cpu                    all of it, about ten minutes on two cores
+    python -m benchmarks.kernels_cpu --only scan,long   some groups
+    python -m benchmarks.kernels_cpu --longest 65536    without the lengths beyond
+
+Prints a table with ratios to ours, then the project's targets with what was measured, and writes both with the machine
+to results/kernels_cpu.json and a plot of growth with length beside it. mambapy is a peer, not a dependency: it takes
+part if it is installed (pip install --no-deps mambapy).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .measuring import RESULTS, Row, machine, measure, save, table
+
+LENGTHS = (4096, 16384, 65536, 262144, 1048576)
+BASELINE = {
+    "scan": "scan: ours, portable",
+    "long": "long: ours",
+    "short": "short: ours",
+    "experts": "experts: ours",
+    "entropy": "entropy: ours",
+    "norm": "norm: ours",
+    "swiglu": "swiglu: ours",
+}
+# What the project promises: (what, group, one, sizes, other, sizes, measure, bound); one / other must be at most that.
+CLAIMS: list[tuple[str, str, dict[str, int], str, dict[str, int], str, float]] = [
+    ("portable scan 8x faster than mambapy at 65,536", "scan: ours, portable", {"length": 65536}, "scan: mambapy", {"length": 65536}, "wall_seconds", 1 / 8),
+    ("with a tenth of its memory", "scan: ours, portable", {"length": 65536}, "scan: mambapy", {"length": 65536}, "peak_bytes", 1 / 10),
+    ("compiled scan 30x faster than mambapy at 65,536", "scan: ours, compiled", {"length": 65536}, "scan: mambapy", {"length": 65536}, "wall_seconds", 1 / 30),
+    ("compiled scan within 1.3x of a plain C++ loop", "scan: ours, compiled", {"length": 65536}, "scan: plain C++ loop", {"length": 65536}, "wall_seconds", 1.3),
+    ("portable scan grows linearly, 4K to 1M (256x the tokens)", "scan: ours, portable", {"length": 1048576}, "scan: ours, portable", {"length": 4096}, "wall_seconds", 1.5 * 256),
+    ("compiled scan grows linearly, 4K to 1M", "scan: ours, compiled", {"length": 1048576}, "scan: ours, compiled", {"length": 4096}, "wall_seconds", 1.5 * 256),
+    ("long convolution no slower than the best plain rfft", "long: ours", {"length": 65536}, "long: best plain rfft", {"length": 65536}, "wall_seconds", 1.0),
+    ("with half its peak memory", "long: ours", {"length": 65536}, "long: best plain rfft", {"length": 65536}, "peak_bytes", 0.5),
+    ("grouped experts at least as fast as a loop", "experts: ours", {"tokens": 2048}, "experts: loop", {"tokens": 2048}, "wall_seconds", 1.0),
+    ("cross-entropy within 1.1x of the naive time", "entropy: ours", {"tokens": 4096}, "entropy: naive", {"tokens": 4096}, "wall_seconds", 1.1),
+    ("at a fifth of its memory", "entropy: ours", {"tokens": 4096}, "entropy: naive", {"tokens": 4096}, "peak_bytes", 0.2),
+]  # fmt: skip  # noqa: E501
+
+
+def plan(longest: int) -> Iterator[tuple[str, str, dict[str, int], int]]:
+    """(group, case, sizes, repeats)."""
+    lengths = [length for length in LENGTHS if length <= longest]
+    for length in lengths:
+        repeats = 5 if length <= 16384 else 3 if length <= 65536 else 1
+        yield "scan", "scan: ours, portable", {"length": length}, repeats
+        yield "scan", "scan: ours, compiled", {"length": length}, repeats
+        if length <= 65536:
+            yield "scan", "scan: plain C++ loop", {"length": length}, repeats
+            yield "scan", "scan: mambapy", {"length": length}, min(repeats, 2)
+    for length in [length for length in (4096, 65536) if length <= longest]:
+        for name in ("long: ours", "long: plain rfft", "long: best plain rfft"):
+            yield "long", name, {"length": length}, 5
+        for width in (4, 24):
+            yield "short", "short: ours", {"length": length, "width": width}, 5
+            yield "short", "short: conv1d", {"length": length, "width": width}, 5
+    for name in ("experts: ours", "experts: loop"):
+        yield "experts", name, {"tokens": 2048}, 15
+    for name in ("entropy: ours", "entropy: naive"):
+        yield "entropy", name, {"tokens": 4096}, 3
+    for name in ("norm: ours", "norm: F.rms_norm"):
+        yield "norm", name, {"tokens": 16384}, 5
+    for name in ("swiglu: ours", "swiglu: autograd"):
+        yield "swiglu", name, {"tokens": 16384}, 5
+    for name in ("state-space dual", "gated linear attention", "modal convolution", "wkv4", "wkv7"):
+        for length in [length for length in (4096, 65536) if length <= longest]:
+            yield "growth", name, {"length": length}, 2
+
+
+def check(rows: list[Row]) -> list[dict[str, Any]]:
+    """The claims whose rows were measured."""
+    found = []
+    for what, one, sizes, other, other_sizes, kind, bound in CLAIMS:
+        pair = [
+            next((r for r in rows if r.name == name and r.arguments == wanted and not r.error), None)
+            for name, wanted in ((one, sizes), (other, other_sizes))
+        ]
+        if pair[0] is None or pair[1] is None:
+            continue
+        ratio = getattr(pair[0], kind) / max(getattr(pair[1], kind), 1e-12)
+        found.append({"claim": what, "ratio": ratio, "bound": bound, "holds": ratio <= bound})
+    return found
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Seconds and memory of the scans against length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for name in dict.fromkeys(row.name for row in rows if row.group == "scan" and not row.error):
+        own = [row for row in rows if row.name == name and not row.error]
+        lengths = [row.arguments["length"] for row in own]
+        axes[0].loglog(lengths, [row.wall_seconds for row in own], marker="o", label=name.removeprefix("scan: "))
+        axes[1].loglog(lengths, [row.peak_bytes / 2**20 for row in own], marker="o")
+    for axis, label in zip(axes, ("seconds, forward and backward", "peak MiB beyond the inputs"), strict=True):
+        axis.set_xlabel("tokens")
+        axis.set_ylabel(label)
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0].legend()
+    figure.suptitle("Selective scan on a CPU: 256 channels, 16 states, float32")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="comma-separated groups: scan, long, short, experts, entropy, ...")
+    parser.add_argument("--longest", type=int, default=LENGTHS[-1])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=RESULTS / "kernels_cpu.json")
+    options = parser.parse_args()
+    wanted = [group for group in options.only.split(",") if group]
+    if importlib.util.find_spec("mambapy") is None:
+        print("mambapy is not installed: no peer for the scan in this table (pip install --no-deps mambapy)")
+    where = machine(options.threads)
+    rows = []
+    for group, name, sizes, repeats in plan(options.longest):
+        if (wanted and group not in wanted) or ("mambapy" in name and importlib.util.find_spec("mambapy") is None):
+            continue
+        small = {"length": 256} if "length" in sizes else {"tokens": 64}
+        rows.append(
+            measure(
+                "benchmarks.cpu_cases", group, name, sizes, threads=options.threads, repeats=repeats, small=small
+            )
+        )
+        print(table(rows[-1:], {}).splitlines()[-1], flush=True)
+    print(f"\n{where['processor']}, {options.threads} threads, torch {where['torch']}, forward and backward, float32")
+    print(table(rows, BASELINE))
+    claims = check(rows)
+    for claim in claims:
+        verdict = "holds" if claim["holds"] else "MISSED"
+        print(f"{verdict:>7}  {claim['claim']}: {claim['ratio']:.3g}, bound {claim['bound']:.3g}")
+    save(options.json, rows, where, claims)
+    if any(row.group == "scan" for row in rows):
+        plot(rows, options.json.with_suffix(".png"))
+    print(f"written to {options.json}")
+
+
+if __name__ == "__main__":
+    main()

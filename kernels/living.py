@@ -1,0 +1,57 @@
+"""How far a state that enters a sequence can still be seen in its outputs, when decays depend on the data.
+
+Legend: B batch, T tokens, H heads.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .documents import first_start
+
+_LEAST = 64  # shorter groups would cost more calls than they save
+
+
+class NothingLeft(torch.autograd.Function):
+    """`zeros`, as a function of tensors it does not depend on: their gradient is zero, not missing.
+
+    Where an entering state cannot be seen at all, a process of a split sequence must still pass a gradient on, or its
+    neighbours would wait for ever.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, zeros: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return zeros.view_as(zeros)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
+def reach_of_heads(log_decay_BTH: Tensor, dtype: torch.dtype, starts_BT: Tensor | None) -> Tensor:
+    """(H,) int64: tokens after which each head's state is less than epsilon to the power 1.5 of what entered.
+
+    The slowest sequence of the batch decides; no token at or after its first document start counts.
+    """
+    _, length, heads = log_decay_BTH.shape
+    if not length:
+        return torch.zeros(heads, dtype=torch.long, device=log_decay_BTH.device)
+    alive_BTH = log_decay_BTH.detach().double().cumsum(1) > 1.5 * math.log(torch.finfo(dtype).eps)
+    tokens_T = torch.arange(1, length + 1, device=log_decay_BTH.device)
+    if starts_BT is not None:
+        alive_BTH = alive_BTH & (tokens_T <= first_start(starts_BT).unsqueeze(1)).unsqueeze(2)
+    return (alive_BTH * tokens_T[:, None]).amax((0, 1))
+
+
+def groups_of_heads(reach_H: Tensor) -> list[tuple[Tensor, int]]:
+    """Heads that live about equally long, and how long; one group for each power of two. Dead heads are in none."""
+    groups = []
+    level_H = torch.ceil(torch.log2(reach_H.clamp_min(_LEAST).double())).long()
+    for level in level_H.unique().tolist():
+        heads = (level_H == level).nonzero().squeeze(1)
+        if tokens := int(reach_H[heads].max()):
+            groups.append((heads, tokens))
+    return groups

@@ -1,0 +1,350 @@
+// The selective scan on a CPU: vectors of channels, tiles of tokens, states kept at tile boundaries only.
+//
+// Every vector lane is a channel, so a token's states are N vectors and no sum crosses lanes until a tile is done. The
+// forward may keep the state before every tile; the backward walks the tiles from the right, runs each again from there
+// with its decays and states in cache, and carries the adjoint state. Gradients of B and C are summed over channels as
+// vectors first. No dependence on PyTorch: plain pointers, so that it builds in seconds. Equations: portable.py.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
+extern "C" struct Arguments {  // the order and types of compiled.py's Arguments
+  const void *u, *delta, *A, *B, *C, *D, *z, *bias, *initial;
+  const uint8_t *starts;
+  void *y, *final_state, *checkpoints;
+  const void *grad_y, *grad_final;
+  void *grad_u, *grad_delta, *grad_A, *grad_B, *grad_C, *grad_D, *grad_z, *grad_bias, *grad_initial;
+  int64_t batch, length, channels, states, tile, softplus;
+  int64_t first_block, last_block;  // of channels, in vectors
+  int64_t u_batch, u_token, delta_batch, delta_token, B_batch, B_token, C_batch, C_token, z_batch, z_token, starts_batch;
+};
+
+namespace {
+
+template <class T> struct Lanes;
+template <> struct Lanes<float> {
+  typedef float Vector __attribute__((vector_size(64)));
+  typedef int32_t Integers __attribute__((vector_size(64)));
+  typedef int32_t Integer;
+  static constexpr int mantissa = 23, bias = 127, log_terms = 6;
+  static constexpr float magic = 12582912.0f, smallest = -126.0f, largest = 127.0f;
+};
+template <> struct Lanes<double> {
+  typedef double Vector __attribute__((vector_size(64)));
+  typedef int64_t Integers __attribute__((vector_size(64)));
+  typedef int64_t Integer;
+  static constexpr int mantissa = 52, bias = 1023, log_terms = 13;
+  static constexpr double magic = 6755399441055744.0, smallest = -1022.0, largest = 1023.0;
+};
+
+// 2^f for |f| <= 1/2, highest power first: a Chebyshev fit in single precision (3e-9), the Taylor series in double.
+constexpr float exp2_float[] = {1.5461445e-4f,  1.34004282e-3f, 9.61805668e-3f, 5.55032723e-2f,
+                                2.40226509e-1f, 6.93147207e-1f, 1.0f};
+constexpr double exp2_double[] = {
+    1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10,  7.054911620801121e-09,
+    1.0178086009239696e-07, 1.3215486790144305e-06, 1.525273380405984e-05, 1.5403530393381606e-04,
+    1.3333558146428443e-03, 9.618129107628477e-03,  5.550410866482158e-02, 2.402265069591007e-01,
+    6.931471805599453e-01,  1.0};
+template <class T> struct Exp2;
+template <> struct Exp2<float> { static constexpr const auto &terms = exp2_float; };
+template <> struct Exp2<double> { static constexpr const auto &terms = exp2_double; };
+
+template <class T> using Vector = typename Lanes<T>::Vector;
+template <class T> constexpr int width = 64 / sizeof(T);
+
+template <class T> inline Vector<T> load(const T *from, int lanes) {
+  Vector<T> x = {};
+  if (lanes == width<T>)
+    std::memcpy(&x, from, sizeof x);
+  else
+    std::memcpy(&x, from, lanes * sizeof(T));
+  return x;
+}
+
+template <class T> inline void store(T *to, Vector<T> x, int lanes) {
+  if (lanes == width<T>)
+    std::memcpy(to, &x, sizeof x);
+  else
+    std::memcpy(to, &x, lanes * sizeof(T));
+}
+
+// 2^x; exactly zero below the range of normal numbers.
+template <class T> inline Vector<T> exp2(Vector<T> x) {
+  using L = Lanes<T>;
+  const Vector<T> least = Vector<T>{} + L::smallest, most = Vector<T>{} + L::largest;
+  const auto vanishes = x < least;
+  x = vanishes ? least : x;
+  x = x > most ? most : x;
+  const Vector<T> rounded = (x + L::magic) - L::magic;
+  const Vector<T> f = x - rounded;
+  Vector<T> y = Vector<T>{} + Exp2<T>::terms[0];
+#pragma GCC unroll 16
+  for (size_t i = 1; i < sizeof(Exp2<T>::terms) / sizeof(T); ++i) y = y * f + Exp2<T>::terms[i];
+  typename L::Integers power = __builtin_convertvector(rounded, typename L::Integers);
+  power = (power + L::bias) << L::mantissa;
+  Vector<T> scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return vanishes ? Vector<T>{} : y * scale;
+}
+
+constexpr double log2_e = 1.4426950408889634, ln_2 = 0.69314718055994531;
+
+template <class T> inline Vector<T> sigmoid(Vector<T> x) { return T(1) / (exp2<T>(x * T(-log2_e)) + T(1)); }
+
+// log(1 + y) for y in [0, 1], to full relative precision: 2 artanh(y / (2 + y)).
+template <class T> inline Vector<T> log1p_unit(Vector<T> y) {
+  // brought nearer to one: 1 + y = 2^e m with m below the square root of two
+  const auto upper = y > Vector<T>{} + T(0.41421356237309503);
+  const Vector<T> s = upper ? (y - T(1)) / (y + T(3)) : y / (y + T(2));
+  const Vector<T> square = s * s;
+  Vector<T> sum = Vector<T>{} + T(1.0 / (2 * Lanes<T>::log_terms + 1));
+  for (int k = Lanes<T>::log_terms - 1; k >= 0; --k) sum = sum * square + T(1.0 / (2 * k + 1));
+  return s * sum * T(2) + (upper ? Vector<T>{} + T(ln_2) : Vector<T>{});
+}
+
+// As PyTorch's softplus: the identity above 20.
+template <class T> inline Vector<T> softplus(Vector<T> x) {
+  const Vector<T> size = x < Vector<T>{} ? -x : x;
+  const Vector<T> positive = x < Vector<T>{} ? Vector<T>{} : x;
+  const Vector<T> y = positive + log1p_unit<T>(exp2<T>(size * T(-log2_e)));
+  return x > Vector<T>{} + T(20) ? x : y;
+}
+
+// Scratch of one call, aligned for vectors.
+template <class T> struct Buffer {
+  std::vector<char> memory;
+  Vector<T> *data;
+  explicit Buffer(int64_t vectors) : memory((vectors + 1) * 64, 0) {
+    data = reinterpret_cast<Vector<T> *>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  }
+  Vector<T> *at(int64_t i) { return data + i; }
+};
+
+// Results below the range of normal numbers count as zero: they are slow, and nothing depends on them.
+struct FlushSubnormals {
+#if defined(__SSE__)
+  unsigned saved = _mm_getcsr();
+  FlushSubnormals() { _mm_setcsr(saved | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(saved); }
+#endif
+};
+
+// Rows of the arguments that belong to one sequence and one vector of channels.
+template <class T> struct Block {
+  const Arguments &in;
+  int64_t b, channel;
+  int lanes;
+  Block(const Arguments &in, int64_t b, int64_t block) : in(in), b(b), channel(block * width<T>) {
+    const int64_t left = in.channels - channel;
+    lanes = left < width<T> ? int(left) : width<T>;
+  }
+  Vector<T> row(const void *base, int64_t batch, int64_t token, int64_t t) const {
+    return load(static_cast<const T *>(base) + b * batch + t * token + channel, lanes);
+  }
+  int64_t dense(int64_t t) const { return (b * in.length + t) * in.channels + channel; }
+  Vector<T> u(int64_t t) const { return row(in.u, in.u_batch, in.u_token, t); }
+  Vector<T> z(int64_t t) const { return row(in.z, in.z_batch, in.z_token, t); }
+  Vector<T> parameter(const void *base) const { return load(static_cast<const T *>(base) + channel, lanes); }
+  Vector<T> raw_step(int64_t t) const {
+    const Vector<T> raw = row(in.delta, in.delta_batch, in.delta_token, t);
+    return in.bias ? raw + parameter(in.bias) : raw;
+  }
+  Vector<T> step(int64_t t) const { return in.softplus ? softplus<T>(raw_step(t)) : raw_step(t); }
+  bool starts(int64_t t) const { return in.starts && in.starts[b * in.starts_batch + t]; }
+  const T *B(int64_t t) const { return static_cast<const T *>(in.B) + b * in.B_batch + t * in.B_token; }
+  const T *C(int64_t t) const { return static_cast<const T *>(in.C) + b * in.C_batch + t * in.C_token; }
+  // (D, N) or (B, D, N) to vectors of channels and back
+  void gather(const void *base, bool batched, Vector<T> *to) const {
+    const T *from = static_cast<const T *>(base) + ((batched ? b * in.channels : 0) + channel) * in.states;
+    for (int64_t n = 0; n < in.states; ++n)
+      for (int lane = 0; lane < lanes; ++lane) to[n][lane] = from[lane * in.states + n];
+  }
+  void scatter(const Vector<T> *from, void *base, bool batched) const {
+    T *to = static_cast<T *>(base) + ((batched ? b * in.channels : 0) + channel) * in.states;
+    for (int64_t n = 0; n < in.states; ++n)
+      for (int lane = 0; lane < lanes; ++lane) to[lane * in.states + n] = from[n][lane];
+  }
+  T *checkpoint(int64_t tile) const {
+    const int64_t tiles = (in.length + in.tile - 1) / in.tile, blocks = (in.channels + width<T> - 1) / width<T>;
+    return static_cast<T *>(in.checkpoints) + ((b * tiles + tile) * blocks * width<T> + channel) * in.states;
+  }
+};
+
+template <class T> void forward(const Arguments &in) {
+  const FlushSubnormals flush;
+  const int64_t N = in.states, blocks = in.last_block - in.first_block;
+  Buffer<T> state(blocks * N), rate(blocks * N);
+  for (int64_t b = 0; b < in.batch; ++b) {
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Block<T> block(in, b, in.first_block + i);
+      block.gather(in.initial, true, state.at(i * N));
+      block.gather(in.A, false, rate.at(i * N));
+      for (int64_t n = 0; n < N; ++n) *rate.at(i * N + n) *= T(log2_e);
+    }
+    for (int64_t first = 0; first < in.length; first += in.tile) {
+      const int64_t last = first + in.tile < in.length ? first + in.tile : in.length;
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Block<T> block(in, b, in.first_block + i);
+        Vector<T> *h = state.at(i * N);
+        const Vector<T> *A = rate.at(i * N);
+        if (in.checkpoints) std::memcpy(block.checkpoint(first / in.tile), h, N * 64);
+        for (int64_t t = first; t < last; ++t) {
+          const Vector<T> step = block.step(t), u = block.u(t), input = step * u;
+          const T *B = block.B(t), *C = block.C(t);
+          const T keep = block.starts(t) ? T(0) : T(1);
+          Vector<T> y = {};
+          for (int64_t n = 0; n < N; ++n) {
+            const Vector<T> now = exp2<T>(step * A[n]) * keep * h[n] + input * B[n];
+            h[n] = now;
+            y += now * C[n];
+          }
+          if (in.D) y += u * block.parameter(in.D);
+          if (in.z) {
+            const Vector<T> z = block.z(t);
+            y *= z * sigmoid<T>(z);
+          }
+          store(static_cast<T *>(in.y) + block.dense(t), y, block.lanes);
+        }
+      }
+    }
+    for (int64_t i = 0; i < blocks; ++i) Block<T>(in, b, in.first_block + i).scatter(state.at(i * N), in.final_state, true);
+  }
+}
+
+// The vectors a backward works with: of one tile, and of every block of channels.
+template <class T> struct Scratch {
+  Buffer<T> decays, states, steps, grads, B, C;   // of a tile
+  Buffer<T> adjoint, rate, rate_grad, D, bias;    // of the blocks
+  Scratch(int64_t tile, int64_t N, int64_t blocks)
+      : decays(tile * N), states((tile + 1) * N), steps(tile), grads(tile), B(tile * N), C(tile * N),
+        adjoint(blocks * N), rate(blocks * N), rate_grad(blocks * N), D(blocks), bias(blocks) {}
+};
+
+// Run a tile again from its checkpoint; gradients before the gate, and the gate's own.
+template <class T> void recompute(const Block<T> &block, Scratch<T> &s, int64_t i, int64_t first, int64_t last) {
+  const Arguments &in = block.in;
+  const int64_t N = in.states;
+  const Vector<T> *A = s.rate.at(i * N);
+  std::memcpy(s.states.at(0), block.checkpoint(first / in.tile), N * 64);
+  for (int64_t t = first; t < last; ++t) {
+    const int64_t row = t - first;
+    const Vector<T> step = block.step(t), u = block.u(t), input = step * u;
+    const T *B = block.B(t), *C = block.C(t);
+    const Vector<T> *before = s.states.at(row * N);
+    Vector<T> *now = s.states.at((row + 1) * N), *decay = s.decays.at(row * N);
+    const T keep = block.starts(t) ? T(0) : T(1);
+    for (int64_t n = 0; n < N; ++n) {
+      decay[n] = exp2<T>(step * A[n]) * keep;
+      now[n] = decay[n] * before[n] + input * B[n];
+    }
+    *s.steps.at(row) = step;
+    Vector<T> grad = load(static_cast<const T *>(in.grad_y) + block.dense(t), block.lanes);
+    if (in.z) {
+      Vector<T> y = {};
+      for (int64_t n = 0; n < N; ++n) y += now[n] * C[n];
+      if (in.D) y += u * block.parameter(in.D);
+      const Vector<T> z = block.z(t), open = sigmoid<T>(z);
+      const Vector<T> slope = open + z * open * (T(1) - open);
+      store(static_cast<T *>(in.grad_z) + block.dense(t), grad * y * slope, block.lanes);
+      grad *= z * open;
+    }
+    *s.grads.at(row) = grad;
+  }
+}
+
+// Walk a tile from the right and fill its gradients.
+template <class T> void walk_back(const Block<T> &block, Scratch<T> &s, int64_t i, int64_t first, int64_t last) {
+  const Arguments &in = block.in;
+  const int64_t N = in.states;
+  const Vector<T> *A = s.rate.at(i * N);
+  Vector<T> *adjoint = s.adjoint.at(i * N), *rate_grad = s.rate_grad.at(i * N);
+  for (int64_t t = last - 1; t >= first; --t) {
+    const int64_t row = t - first;
+    const Vector<T> step = *s.steps.at(row), u = block.u(t), grad = *s.grads.at(row), input = step * u;
+    const T *B = block.B(t), *C = block.C(t);
+    const Vector<T> *before = s.states.at(row * N), *now = s.states.at((row + 1) * N), *decay = s.decays.at(row * N);
+    Vector<T> *B_grad = s.B.at(row * N), *C_grad = s.C.at(row * N);
+    Vector<T> input_grad = {}, step_grad = {};
+    for (int64_t n = 0; n < N; ++n) {
+      const Vector<T> g = adjoint[n] + grad * C[n];
+      C_grad[n] += grad * now[n];
+      B_grad[n] += g * input;
+      input_grad += g * B[n];
+      const Vector<T> carried = g * decay[n], p = carried * before[n];
+      step_grad += p * A[n];
+      rate_grad[n] += p * step;
+      adjoint[n] = carried;
+    }
+    // the rates here are multiplied by log2(e)
+    step_grad = step_grad * T(ln_2) + u * input_grad;
+    Vector<T> u_grad = step * input_grad;
+    if (in.D) {
+      u_grad += grad * block.parameter(in.D);
+      *s.D.at(i) += grad * u;
+    }
+    store(static_cast<T *>(in.grad_u) + block.dense(t), u_grad, block.lanes);
+    if (in.softplus) {
+      const Vector<T> raw = block.raw_step(t);
+      step_grad *= raw > Vector<T>{} + T(20) ? Vector<T>{} + T(1) : sigmoid<T>(raw);
+    }
+    if (in.bias) *s.bias.at(i) += step_grad;
+    store(static_cast<T *>(in.grad_delta) + block.dense(t), step_grad, block.lanes);
+  }
+}
+
+// Sum a tile's gradients of B or C over the lanes, and clear them.
+template <class T> void reduce(Buffer<T> &sums, void *out, int64_t offset, int64_t count) {
+  T *to = static_cast<T *>(out) + offset;
+  for (int64_t i = 0; i < count; ++i) {
+    const Vector<T> x = *sums.at(i);
+    T total = 0;
+    for (int lane = 0; lane < width<T>; ++lane) total += x[lane];
+    to[i] = total;
+    *sums.at(i) = Vector<T>{};
+  }
+}
+
+template <class T> void backward(const Arguments &in) {
+  const FlushSubnormals flush;
+  const int64_t N = in.states, blocks = in.last_block - in.first_block;
+  Scratch<T> s(in.tile, N, blocks);
+  for (int64_t i = 0; i < blocks; ++i) {
+    Block<T>(in, 0, in.first_block + i).gather(in.A, false, s.rate.at(i * N));
+    for (int64_t n = 0; n < N; ++n) *s.rate.at(i * N + n) *= T(log2_e);
+  }
+  for (int64_t b = 0; b < in.batch; ++b) {
+    for (int64_t i = 0; i < blocks; ++i)
+      Block<T>(in, b, in.first_block + i).gather(in.grad_final, true, s.adjoint.at(i * N));
+    for (int64_t first = (in.length - 1) / in.tile * in.tile; first >= 0; first -= in.tile) {
+      const int64_t last = first + in.tile < in.length ? first + in.tile : in.length;
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Block<T> block(in, b, in.first_block + i);
+        recompute(block, s, i, first, last);
+        walk_back(block, s, i, first, last);
+      }
+      reduce(s.B, in.grad_B, (b * in.length + first) * N, (last - first) * N);
+      reduce(s.C, in.grad_C, (b * in.length + first) * N, (last - first) * N);
+    }
+    for (int64_t i = 0; i < blocks; ++i)
+      Block<T>(in, b, in.first_block + i).scatter(s.adjoint.at(i * N), in.grad_initial, true);
+  }
+  for (int64_t i = 0; i < blocks; ++i) {
+    const Block<T> block(in, 0, in.first_block + i);
+    block.scatter(s.rate_grad.at(i * N), in.grad_A, false);
+    if (in.D) store(static_cast<T *>(in.grad_D) + block.channel, *s.D.at(i), block.lanes);
+    if (in.bias) store(static_cast<T *>(in.grad_bias) + block.channel, *s.bias.at(i), block.lanes);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+void scan_forward_float32(const Arguments *in) { forward<float>(*in); }
+void scan_forward_float64(const Arguments *in) { forward<double>(*in); }
+void scan_backward_float32(const Arguments *in) { backward<float>(*in); }
+void scan_backward_float64(const Arguments *in) { backward<double>(*in); }
+}

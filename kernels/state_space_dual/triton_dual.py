@@ -1,0 +1,161 @@
+"""State-space duality on a GPU: chunks in parallel, states between them in order.
+
+`states_kernel` makes what each chunk adds to the state, `pass_kernel` carries states through the chunks (one decay per
+head and chunk), `output_kernel` makes the outputs. The backward does the same with adjoints from the right, recomputes
+the states instead of keeping them, and makes all gradients of a chunk in `gradient_kernel`.
+
+Legend: B batch, T tokens, H heads, G groups of heads, P head width, N states, M chunks, Q tokens of one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .. import triton_support
+from ..autograd import first_order
+from ..triton_support import batch_strides, interpreting, power_of_two, rows_contiguous
+from .triton_chunks import gradient_kernel, output_kernel, pass_kernel, states_kernel
+
+_DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def fits(x_BTHP: Tensor, B_BTGN: Tensor) -> bool:
+    """Whether a program can hold these head widths and states: float32 takes twice the shared memory."""
+    widest = 64 if x_BTHP.dtype == torch.float32 and not interpreting() else 128
+    return max(x_BTHP.shape[-1], B_BTGN.shape[-1]) <= widest
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    x_BTHP: Tensor
+    B_BTGN: Tensor
+    C_BTGN: Tensor
+    sums_BTH: Tensor  # summed log decays since the chunk's begin, double precision
+    whole_BMH: Tensor  # decay of a chunk, zero where a document begins in it
+    count_BT: Tensor | None  # documents begun, int32
+    chunk: int
+
+    @staticmethod
+    def prepare(
+        x_BTHP: Tensor, log_decay_BTH: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, starts_BT: Tensor | None
+    ) -> "_Inputs":
+        batch, length, heads, _ = x_BTHP.shape
+        chunk = 16 if interpreting() else 32 if x_BTHP.dtype == torch.float32 else 64
+        chunks = -(-length // chunk)
+        padded = torch.zeros(batch, chunks * chunk, heads, dtype=torch.float64, device=x_BTHP.device)
+        padded[:, :length] = log_decay_BTH
+        sums_BMQH = padded.view(batch, chunks, chunk, heads).cumsum(2)
+        whole_BMH = sums_BMQH[:, :, -1].exp().float()
+        count_BT = None
+        if starts_BT is not None:
+            count_BT = starts_BT.cumsum(1, dtype=torch.int32)
+            ends = torch.arange(1, chunks + 1, device=x_BTHP.device).mul_(chunk).clamp_(max=length) - 1
+            last_BM = count_BT[:, ends]
+            unbroken_BM = last_BM.diff(dim=1, prepend=torch.zeros_like(last_BM[:, :1])) == 0
+            whole_BMH = whole_BMH * unbroken_BM.unsqueeze(2)
+        sums_BTH = sums_BMQH.flatten(1, 2)[:, :length].contiguous()
+        rows = [rows_contiguous(x) for x in (x_BTHP, B_BTGN, C_BTGN)]
+        return _Inputs(*rows, sums_BTH, whole_BMH.contiguous(), count_BT, chunk)
+
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """length, heads, groups, width, states, chunks: in the order of the kernels' arguments."""
+        _, length, heads, width = self.x_BTHP.shape
+        groups, states = self.B_BTGN.shape[2:]
+        return length, heads, groups, width, states, self.whole_BMH.shape[1]
+
+    def options(self) -> dict[str, Any]:
+        _, _, _, width, states, _ = self.sizes()
+        dtype = torch.float32 if interpreting() else self.x_BTHP.dtype  # the interpreter's bfloat16 products are wrong
+        blocks = {"P_BLOCK": max(16, power_of_two(width)), "N_BLOCK": max(16, power_of_two(states))}
+        return {"Q": self.chunk, "DOT": _DOT_TYPES[dtype], "num_warps": 8, "num_stages": 1, **blocks}
+
+    def count_stride(self) -> int:
+        return batch_strides(self.count_BT)[0]
+
+    def carried(self, x: Tensor, B: Tensor, outermost_BHPN: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+        """What enters each chunk (B, M, H, P, N), from the left or in reverse, and what leaves the outermost one."""
+        length, heads, groups, width, states, chunks = self.sizes()
+        batch = x.shape[0]
+        added = self.whole_BMH.new_empty(batch, chunks, heads, width, states)
+        triton_support.launch(
+            states_kernel, (chunks, heads, batch), x, self.sums_BTH, B, self.count_BT, added, *self.sizes(),
+            x.stride()[:3], B.stride()[:3], self.count_stride(), REVERSE=reverse, **self.options(),
+        )  # fmt: skip
+        carried, last = torch.empty_like(added), torch.empty_like(added[:, 0])
+        size = width * states
+        block = min(1024, power_of_two(size))
+        triton_support.launch(
+            pass_kernel, (-(-size // block), heads, batch), added, self.whole_BMH, outermost_BHPN.contiguous(),
+            carried, last, heads, size, chunks, BLOCK=block, REVERSE=reverse, num_warps=4,
+        )  # fmt: skip
+        return carried, last
+
+
+class TritonDual(torch.autograd.Function):
+    """See `state_space_dual`, which checks and prepares the arguments; states are float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BTHP: Tensor,
+        log_decay_BTH: Tensor,
+        B_BTGN: Tensor,
+        C_BTGN: Tensor,
+        initial_BHPN: Tensor,
+        starts_BT: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = _Inputs.prepare(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, starts_BT)
+        entering, final = inputs.carried(inputs.x_BTHP, inputs.B_BTGN, initial_BHPN, reverse=False)
+        x, B, C = inputs.x_BTHP, inputs.B_BTGN, inputs.C_BTGN
+        y_BTHP = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _, heads, _, _, _, chunks = inputs.sizes()
+        triton_support.launch(
+            output_kernel, (chunks, heads, x.shape[0]), x, inputs.sums_BTH, B, C, inputs.count_BT, entering, y_BTHP,
+            *inputs.sizes(), x.stride()[:3], B.stride()[:3], C.stride()[:3], inputs.count_stride(), **inputs.options(),
+        )  # fmt: skip
+        ctx.save_for_backward(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, initial_BHPN, starts_BT)
+        return y_BTHP, final
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_y, grad_final = rows_contiguous(grads[0]), grads[1]
+        x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, initial_BHPN, starts_BT = ctx.saved_tensors
+        inputs = _Inputs.prepare(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, starts_BT)
+        x, B, C = inputs.x_BTHP, inputs.B_BTGN, inputs.C_BTGN
+        length, heads, groups, _, states, chunks = inputs.sizes()
+        batch, shared = x.shape[0], heads // groups
+        entering, _ = inputs.carried(x, B, initial_BHPN, reverse=False)
+        adjoints, grad_initial = inputs.carried(grad_y, C, grad_final, reverse=True)
+        together = next(count for count in (8, 4, 2, 1) if shared % count == 0)
+        partials = shared // together if torch.are_deterministic_algorithms_enabled() else 1
+        grad_B, grad_C = entering.new_zeros(2, partials, batch, length, groups, states).unbind(0)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        later, earlier = entering.new_empty(2, batch, length, heads).unbind(0)
+        grid, stride = (chunks, heads // together, batch), grad_B[0].numel() if partials > 1 else 0
+        for mine, theirs, own, other, carried, grad_mine, grad_sums, grad_own in (
+            (grad_y, x, C, B, entering, None, later, grad_C),
+            (x, grad_y, B, C, adjoints, grad_x, earlier, grad_B),
+        ):
+            triton_support.launch(
+                gradient_kernel, grid, mine, theirs, inputs.sums_BTH, own, other, inputs.count_BT, carried, grad_mine,
+                grad_sums, grad_own, *inputs.sizes(), stride, mine.stride()[:3], theirs.stride()[:3],
+                own.stride()[:3], other.stride()[:3], inputs.count_stride(), HEADS=together, LATER=mine is grad_y,
+                **inputs.options(),
+            )  # fmt: skip
+        crossing_BMH = (entering.flatten(3).unsqueeze(3) @ adjoints.flatten(3).unsqueeze(4)).flatten(2)
+        grad_log = _suffix_sums(later - earlier, inputs.chunk, crossing_BMH * inputs.whole_BMH)
+        grad_log = grad_log.to(log_decay_BTH.dtype)
+        return grad_x, grad_log, grad_B.sum(0).to(B.dtype), grad_C.sum(0).to(C.dtype), grad_initial, None
+
+
+def _suffix_sums(grad_sums_BTH: Tensor, chunk: int, last_BMH: Tensor) -> Tensor:
+    """Each log decay counts in its own token's sum and in all later ones of the chunk; `last` is that of the whole."""
+    (batch, length, heads), chunks = grad_sums_BTH.shape, last_BMH.shape[1]
+    padded = grad_sums_BTH.new_zeros(batch, chunks * chunk, heads)
+    padded[:, :length] = grad_sums_BTH
+    sums_BMQH = padded.view(batch, chunks, chunk, heads).flip(2).cumsum(2).flip(2)
+    return (sums_BMQH + last_BMH.unsqueeze(2)).flatten(1, 2)[:, :length]

@@ -1,0 +1,99 @@
+"""The recurrence of RWKV-7: a matrix state that decays by key and is corrected along one direction at every token.
+
+Origin: B. Peng and others, arXiv 2503.14456; github.com/BlinkDL/RWKV-LM (RWKV-v7). With a = -kappa and b = kappa times
+a learning rate the state unlearns what it holds for a key before it stores the new value. Legend: B batch, T tokens,
+H heads, N head width.
+"""
+
+import torch
+from torch import Tensor
+
+from ..documents import checked_starts
+from ..segments import expect_shape, segment_tokens, state_dtype, walk
+from .portable import CHUNK, PAIRWISE_CHUNK, is_moderate, segment, transition_segment
+
+__all__ = ["wkv7", "wkv7_transition"]
+
+
+def wkv7(
+    r_BTHN: Tensor,
+    log_w_BTHN: Tensor,
+    k_BTHN: Tensor,
+    v_BTHN: Tensor,
+    a_BTHN: Tensor,
+    b_BTHN: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    document_starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T and y_t = S_t r_t. Returns (y_BTHN, final_state_BHNN).
+
+    Args:
+        r_BTHN: what reads the state; float32, float64, bfloat16 or float16. y has its dtype.
+        log_w_BTHN: logarithm of the decay of each key, not above zero (RWKV-7: above -0.61).
+        k_BTHN, v_BTHN: keys and values that are stored.
+        a_BTHN, b_BTHN: directions of the correction: what the state answers to a is added along b.
+        initial_state: (B, H, N, N), values by keys, before the first token; zeros by default. Differentiable.
+        document_starts: boolean (B or 1, T); at a True token the state before it is forgotten.
+
+    Computes in float32, or in float64 if any argument is. Memory is that of the arguments, a few chunks, and one state
+    per segment. Decays beyond exp(-60) within 32 tokens are handled, but slower.
+
+    Raises:
+        ValueError: if shapes do not agree.
+    """
+    batch, length, heads, width = r_BTHN.shape
+    sequences = (r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, a_BTHN, b_BTHN)
+    names = ("r_BTHN", "log_w_BTHN", "k_BTHN", "v_BTHN", "a_BTHN", "b_BTHN")
+    for name, tensor in zip(names, sequences, strict=True):
+        expect_shape("wkv7", name, tensor, (batch, length, heads, width))
+    expect_shape("wkv7", "initial_state", initial_state, (batch, heads, width, width))
+    starts_BT = checked_starts(document_starts, batch, length)
+    dtype = state_dtype(*sequences, initial_state)
+    if initial_state is None:
+        initial_state = torch.zeros(batch, heads, width, width, dtype=dtype, device=r_BTHN.device)
+    moderate = is_moderate(log_w_BTHN, CHUNK)
+    chunk = CHUNK if moderate else PAIRWISE_CHUNK
+
+    def one_segment(state, cut, parameters, starts):
+        return segment(chunk, moderate, state, cut, starts)
+
+    return walk(
+        one_segment,
+        initial_state.to(dtype),
+        sequences,
+        segment=_segment(chunk, batch * heads * width, width, r_BTHN.device),
+        starts_BT=starts_BT,
+    )
+
+
+def wkv7_transition(log_w_BTHN: Tensor, a_BTHN: Tensor, b_BTHN: Tensor) -> Tensor:
+    """What the tokens do to the state that enters: matrix_BHNN with S_out^T = matrix S_in^T when nothing is stored.
+
+    That is the transposed product (diag(w_1) + a_1 b_1^T) ... (diag(w_T) + a_T b_T^T), so that it acts from the left on
+    transposed states (keys by values), as `longstride.parallel.Dense` does.
+
+    Args:
+        log_w_BTHN, a_BTHN, b_BTHN: as in `wkv7`. Document starts are the caller's: a stretch with one has no matrix.
+
+    Raises:
+        ValueError: if shapes do not agree.
+    """
+    batch, length, heads, width = log_w_BTHN.shape
+    expect_shape("wkv7 transition", "a_BTHN", a_BTHN, (batch, length, heads, width))
+    expect_shape("wkv7 transition", "b_BTHN", b_BTHN, (batch, length, heads, width))
+    dtype = state_dtype(log_w_BTHN, a_BTHN, b_BTHN)
+    moderate = is_moderate(log_w_BTHN, CHUNK)
+    chunk = CHUNK if moderate else PAIRWISE_CHUNK
+
+    def one_segment(matrix, cut, parameters, starts):
+        return transition_segment(chunk, moderate, matrix, cut)
+
+    identity = torch.eye(width, dtype=dtype, device=log_w_BTHN.device).expand(batch, heads, -1, -1)
+    segment = _segment(chunk, batch * heads * width, width, log_w_BTHN.device)
+    return walk(one_segment, identity, (log_w_BTHN, a_BTHN, b_BTHN), segment=segment)[1]
+
+
+def _segment(chunk: int, elements: int, width: int, device: torch.device) -> int:
+    """A chunk's transition is as large as N / Q of its tokens."""
+    return segment_tokens(chunk, elements * max(1, width // chunk), device)

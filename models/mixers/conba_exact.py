@@ -1,0 +1,102 @@
+"""Conba's printed equations; see `conba` for what is added to them. Numbers are the paper's.
+
+    y_k = C x_k                      (4)        e_k = y_k - y_d
+    u_k = -K_k e_k + u_d            (10)
+    S = Swish(W1 x_k + U1 u_k + c1) * (W2 x_k + U2 u_k + c2)                                     (12)
+    f_d = A x_k + B u_k + S         (3), (6)
+    x_{k+1} = Swish(Z f_d + g)       (7), (8)
+    K_{k+1} = K_k - alpha d|e_k| / dK_k = K_k + alpha (C B)' (e_k / |e_k|) e_{k-1}'              (11)
+
+The token enters as what is desired: y_d and u_d are linear in it, and out = W_o C x_{k+1}. (11) is the gradient one
+step back through the linear part. K begins at a parameter, at zero at first, and moves within the sequence.
+
+The state stands inside nonlinear functions, so no short summary of a stretch of tokens exists, and nothing keeps it
+from growing without bound but small weights. Split along the sequence the processes take turns
+(`parallel.sequential_state`); a token at a time, for small studies only.
+
+Shapes: B batch, T local tokens, D model width, N entries each of x, y and u.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...parallel import SequenceShard, sequential_state
+from ..parameters import Linear, at_least_float32, constant, fan_in_uniform, normal
+from .base import LayerPlace, Mixer, State, linear_flops
+
+
+class ExactConba(Mixer):
+    """`state`: N; `online_rate`: alpha. Matrices are named as in the equations."""
+
+    def __init__(self, place: LayerPlace, *, state: int, online_rate: float) -> None:
+        super().__init__()
+        self.state, self.online_rate = state, online_rate
+        self.desired = Linear(place.width, 2 * state, fan_in_uniform())
+        self.A, self.B, self.C = (self.parameter(name, (state, state), fan_in_uniform()) for name in "ABC")
+        # W1 over W2 and U1 over U2
+        self.W = self.parameter("W", (2 * state, state), fan_in_uniform(0.5))
+        self.U = self.parameter("U", (2 * state, state), fan_in_uniform(0.5))
+        self.c = self.parameter("c", (2 * state,), constant(0.0))
+        self.scaling = Linear(state, state, fan_in_uniform(), bias=True)
+        self.control_gain = self.parameter("control_gain", (state, state), constant(0.0))
+        self.out_proj = Linear(state, place.width, normal(place.init_std / math.sqrt(2 * place.num_layers)))
+
+    def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
+        desired_BTN2 = at_least_float32(self.desired(x_BTD))
+        initial = self.initial(x_BTD.shape[0], desired_BTN2)
+        starts_BT = shard.start_mask(x_BTD.device)
+
+        def run(state: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = []
+            for token, desired in enumerate(desired_BTN2.unbind(dim=1)):
+                if starts_BT is not None:
+                    state = torch.where(starts_BT[:, token, None], initial, state)
+                y_BN, state = self.advance(desired, state)
+                outputs.append(y_BN)
+            return torch.stack(outputs, dim=1), state
+
+        y_BTN, _ = sequential_state(run, initial, shard)
+        return self.out_proj(y_BTN.to(x_BTD.dtype))
+
+    def advance(self, desired: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One token: (C x_{k+1}, the next state). `desired`: y_d and u_d; `state`: x, e of the token before, and K."""
+        N = self.state
+        x_BN, before_BN, K_BNN = state[:, :N], state[:, N : 2 * N], state[:, 2 * N :].unflatten(1, (N, N))
+        A, B, C, W, U, c = (at_least_float32(p) for p in (self.A, self.B, self.C, self.W, self.U, self.c))
+        Z, g = (at_least_float32(p) for p in self.scaling.parameters())
+        y_d, u_d = desired.chunk(2, dim=-1)
+        e_BN = x_BN @ C.t() - y_d
+        u_BN = u_d - (K_BNN @ e_BN.unsqueeze(-1)).squeeze(-1)
+        gate, value = (x_BN @ W.t() + u_BN @ U.t() + c).chunk(2, dim=-1)
+        f_BN = x_BN @ A.t() + u_BN @ B.t() + F.silu(gate) * value
+        x_BN = F.silu(f_BN @ Z.t() + g)
+        pull_BN = F.normalize(e_BN, dim=-1) @ (C @ B)
+        K_BNN = K_BNN + self.online_rate * pull_BN.unsqueeze(-1) * before_BN.unsqueeze(-2)
+        return x_BN @ C.t(), torch.cat([x_BN, e_BN, K_BNN.flatten(1)], dim=-1)
+
+    def initial(self, batch: int, like: Tensor) -> Tensor:
+        """(B, 2 N + N^2)"""
+        rest = like.new_zeros(2 * self.state)
+        return torch.cat([rest, self.control_gain.flatten().to(like.dtype)]).expand(batch, -1)
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
+        like = torch.empty(0, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        return {"loop": self.initial(batch, like).detach().clone()}
+
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        y_BN, following = self.advance(at_least_float32(self.desired(x_BD)), state["loop"])
+        return self.out_proj(y_BN.to(x_BD.dtype)), {"loop": following}
+
+    def flops_per_token(self, context: int) -> float:
+        matrices = (self.desired.weight, self.A, self.B, self.C, self.C, self.W, self.U, self.scaling.weight)
+        # K is applied and corrected; C B is counted with the token
+        gain = 2.0 * (self.state**3 + 3 * self.state**2)
+        return linear_flops(*matrices, self.out_proj.weight) + gain
+
+    def state_bytes(self, context: int) -> int:
+        return self.state * (self.state + 2) * torch.promote_types(self.A.dtype, torch.float32).itemsize

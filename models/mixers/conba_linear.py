@@ -1,0 +1,136 @@
+"""Conba's closed loop, linear in its state; see `conba` for what that is a completion of.
+
+    g_t = Swish(U1 x_t + c1) * (U2 x_t + c2)                                 selection
+    k_t, q_t, Delta_t from g_t;  |k_t| = 1                                   a_t = exp(-Delta_t e^{A_log})
+    r_t = sigmoid(Z x_t + c)                                                 scaling
+    e_t = S_{t-1} k_t - v_t                                                  error: what the state answers to k_t
+    u_t = -kappa e_t                                                         control, 0 < kappa < 1
+    S_t = a_t S_{t-1} + r_t u_t k_t'                                         state
+    y_t = S_t k_t + S_{t-1} q_t + D v_t                                      output, with a delayed read-out
+
+The desired output is v_t = W_v x_t, and the observer reads with the key it writes with. So the state goes through
+a_t I - kappa r_t k_t k_t', whose norm is at most 1: the loop cannot run away. With W_o, a norm before it, and one a, r
+and kappa a head. Computed as
+
+    y_t = S_{t-1} ((a_t - kappa r_t) k_t + q_t) + (kappa r_t + D) v_t
+
+the memory `matrix_memory` is asked before the token is stored: what each token stores comes one token later.
+
+Shapes: B batch, T local tokens, D model width, G selection width, H heads, N width of a head's values and keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...parallel import SequenceShard
+from ..matrix_memory import matrix_memory
+from ..parameters import Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, normal
+from ..token_shift import token_shift
+from .base import LayerPlace, Mixer, State, linear_flops
+from .mamba import log_uniform_step_sizes
+
+
+class Loop(NamedTuple):
+    """What a token does to the state: names as in the equations, `learn` for kappa r; (..., H) and (..., H, N)."""
+
+    log_a: Tensor
+    learn: Tensor
+    k: Tensor
+    v: Tensor
+    q: Tensor
+
+
+class LinearConba(Mixer):
+    """`state`: N; `expand`: H N = expand x D; `selector`: G; `steps`: the range of initial step sizes."""
+
+    def __init__(
+        self, place: LayerPlace, *, state: int, expand: int, selector: int | None, steps: tuple[float, float]
+    ) -> None:
+        super().__init__()
+        width, channels = place.width, expand * place.width
+        if channels % state:
+            raise ValueError(f"conba: {channels} channels are not divisible by heads of {state}; choose conba.state")
+        heads, selector = channels // state, selector or math.ceil(width / 4)
+        self.state = state
+        self.sizes = [channels, channels, heads]
+        self.select_gate = Linear(width, selector, fan_in_uniform(), bias=True)
+        self.select_value = Linear(width, selector, fan_in_uniform(), bias=True, bias_init=constant(1.0))
+        self.select_out = Linear(selector, sum(self.sizes), fan_in_uniform())
+        self.step_bias = self.parameter("step_bias", (heads,), log_uniform_step_sizes(*steps))
+        self.A_log = self.parameter("A_log", (heads,), log_of_one_to_sixteen)
+        self.scaling = Linear(width, heads, normal(place.init_std), bias=True)
+        self.control_gain = self.parameter("control_gain", (heads,), constant(2.0))
+        self.value = Linear(width, channels, fan_in_uniform())
+        self.D = self.parameter("D", (channels,), constant(1.0))
+        self.norm = RMSNorm(channels, place.norm_eps)
+        self.out_proj = Linear(channels, width, fan_in_uniform(place.num_layers**-0.5))
+
+    def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
+        loop = self.select(x_BTD)
+        # what the token before stored; zeros before a document's first token
+        rates = token_shift(torch.cat([loop.log_a, loop.learn], dim=-1), shard)
+        log_a_BTH, learn_BTH = (rate.unsqueeze(-1) for rate in rates.chunk(2, dim=-1))
+        stored = token_shift(torch.cat([loop.k, loop.v], dim=-1).flatten(2), shard).unflatten(2, (-1, 2 * self.state))
+        k_BTHN, v_BTHN = stored.chunk(2, dim=-1)
+        learn_BTH = learn_BTH.to(x_BTD.dtype)
+        log_w_BTHN = log_a_BTH.expand(k_BTHN.shape)
+        answer_BTHN = matrix_memory(
+            self.question(loop), log_w_BTHN, k_BTHN, learn_BTH * v_BTHN, -learn_BTH * k_BTHN, k_BTHN, shard
+        )
+        return self.read_out(answer_BTHN, loop)
+
+    def select(self, x_BTD: Tensor) -> Loop:
+        """The token's part in the loop; rates in float32 or better."""
+        g_BTG = F.silu(self.select_gate(x_BTD)) * self.select_value(x_BTD)
+        k_BTC, q_BTC, delta_BTH = self.select_out(g_BTG).split(self.sizes, dim=-1)
+        delta_BTH = F.softplus(at_least_float32(delta_BTH) + at_least_float32(self.step_bias))
+        log_a_BTH = -delta_BTH * torch.exp(at_least_float32(self.A_log))
+        r_BTH = torch.sigmoid(at_least_float32(self.scaling(x_BTD)))
+        learn_BTH = torch.sigmoid(at_least_float32(self.control_gain)) * r_BTH
+        k, v, q = (x.unflatten(-1, (-1, self.state)) for x in (k_BTC, self.value(x_BTD), q_BTC))
+        return Loop(log_a_BTH, learn_BTH, F.normalize(k, dim=-1), v, q)
+
+    def question(self, loop: Loop) -> Tensor:
+        """(a - kappa r) k + q"""
+        remaining = (torch.exp(loop.log_a) - loop.learn).unsqueeze(-1)
+        return remaining.to(loop.k.dtype) * loop.k + loop.q
+
+    def read_out(self, answer_BTHN: Tensor, loop: Loop) -> Tensor:
+        """out (..., D), given what the memory answered to `question`."""
+        y_BTHN = answer_BTHN + (loop.learn.unsqueeze(-1) + self.D.view(-1, self.state)) * loop.v
+        return self.out_proj(self.norm(y_BTHN.flatten(-2).to(loop.v.dtype)))
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        shape = (batch, len(self.A_log), self.state, self.state)
+        return {"memory": torch.zeros(shape, device=device, dtype=state_dtype)}
+
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        loop, S_BHNN = self.select(x_BD), state["memory"]
+        answer_BHN = (S_BHNN @ self.question(loop).to(S_BHNN.dtype).unsqueeze(-1)).squeeze(-1)
+        k_BHN, v_BHN = loop.k.to(S_BHNN.dtype), loop.v.to(S_BHNN.dtype)
+        a_BH11, learn_BH1 = torch.exp(loop.log_a)[..., None, None], loop.learn.unsqueeze(-1)
+        error_BHN = (S_BHNN @ k_BHN.unsqueeze(-1)).squeeze(-1) - v_BHN
+        S_BHNN = a_BH11 * S_BHNN - (learn_BH1 * error_BHN).unsqueeze(-1) * k_BHN.unsqueeze(-2)
+        return self.read_out(answer_BHN, loop), {"memory": S_BHNN}
+
+    def flops_per_token(self, context: int) -> float:
+        matrices = (self.select_gate, self.select_value, self.select_out, self.scaling, self.value, self.out_proj)
+        # an element of the state is decayed, compared with what is wanted, corrected and read
+        loop = 7.0 * len(self.D) * self.state
+        return linear_flops(*(matrix.weight for matrix in matrices)) + loop
+
+    def state_bytes(self, context: int) -> int:
+        return len(self.D) * self.state * torch.promote_types(self.D.dtype, torch.float32).itemsize
+
+
+def log_of_one_to_sixteen(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """log U(1, 16)"""
+    return torch.log(1 + 15 * torch.rand(tuple(shape), generator=generator))

@@ -1,0 +1,110 @@
+"""RWKV-4's time mix (Peng et al., arXiv 2305.13048, BlinkDL/RWKV-LM); `models.channel_mix` is the block's other half.
+
+    r, k, v = W_r lerp(x_{t-1}, x_t, mix_r), W_k lerp(..., mix_k), W_v lerp(..., mix_v)
+    wkv_t = (sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t} v_t) / (the same without v)      w = e^{time_decay}
+    out = W_o (sigmoid(r) * wkv)                                                               u = time_first
+
+Split along the sequence one token crosses each boundary for the shift, and the sums above and below the fraction with
+their common exponent: three numbers a channel, whatever the length. The outputs are ratios, to which nothing can be
+added afterwards; each shard sums first, and computes its outputs from the state that really enters.
+
+Shapes: B batch, T local tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...kernels import wkv4, wkv4_state
+from ...parallel import LogSpace, SequenceShard, prefix_state
+from ..channel_mix import channel_powers
+from ..parameters import Initialiser, Linear, at_least_float32, constant, orthogonal
+from ..token_shift import token_shift
+from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
+
+
+class RWKV4Options(MixerOptions):
+    """RWKV-4 has nothing to choose beside the width."""
+
+    def build(self, place: LayerPlace) -> RWKV4:
+        return RWKV4(self, place)
+
+
+class RWKV4(Mixer):
+    """Parameters as in the authors' code: `time_decay`, `time_first` and three `mix_*` (D,), four square matrices."""
+
+    def __init__(self, options: RWKV4Options, place: LayerPlace) -> None:
+        super().__init__()
+        width, remaining = place.width, 1 - place.index / place.num_layers
+        depth = place.index / max(1, place.num_layers - 1)
+        self.time_decay = self.parameter("time_decay", (width,), spread_decays(depth))
+        self.time_first = self.parameter("time_first", (width,), staggered_bonus)
+        self.mix_key = self.parameter("mix_key", (width,), channel_powers(remaining))
+        self.mix_value = self.parameter("mix_value", (width,), channel_powers(remaining, offset=0.3 * depth))
+        self.mix_receptance = self.parameter("mix_receptance", (width,), channel_powers(0.5 * remaining))
+        self.key = Linear(width, width, constant(0.0))
+        self.value = Linear(width, width, orthogonal())
+        self.receptance = Linear(width, width, constant(0.0))
+        self.output = Linear(width, width, constant(0.0))
+
+    def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
+        r_BTD, k_BTD, v_BTD = self.project(x_BTD, token_shift(x_BTD, shard))
+        starts_BT, log_decay_D = shard.start_mask(x_BTD.device), self.log_decay()
+        entering_BD3 = None
+        if shard.size > 1:
+            own_BD3 = wkv4_state(k_BTD, v_BTD, log_decay_D, document_starts=starts_BT)
+            entering_BD3 = prefix_state(LogSpace(log_decay_D, shard.reset_mask(x_BTD.device)), own_BD3, shard)
+        wkv_BTD, _ = wkv4(
+            k_BTD, v_BTD, log_decay_D, self.time_first, initial_state=entering_BD3, document_starts=starts_BT
+        )
+        return self.output(torch.sigmoid(r_BTD) * wkv_BTD)
+
+    def project(self, x_BTD: Tensor, before_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """r, k, v (..., D), given each token and the one before it."""
+        r_BTD = self.receptance(torch.lerp(before_BTD, x_BTD, self.mix_receptance))
+        k_BTD = self.key(torch.lerp(before_BTD, x_BTD, self.mix_key))
+        v_BTD = self.value(torch.lerp(before_BTD, x_BTD, self.mix_value))
+        return r_BTD, k_BTD, v_BTD
+
+    def log_decay(self) -> Tensor:
+        """(D,), negative, in float32 or better: half types would move the slow decays by percents."""
+        return -torch.exp(at_least_float32(self.time_decay))
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
+        shift_BD = torch.zeros(batch, len(self.time_decay), device=device, dtype=dtype)
+        sums_BD3 = torch.zeros(*shift_BD.shape, 3, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        return {"shift": shift_BD, "sums": LogSpace(self.time_decay).empty(sums_BD3)}
+
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        r_BD, k_BD, v_BD = self.project(x_BD, state["shift"])
+        k_B1D, v_B1D = k_BD.unsqueeze(1), v_BD.unsqueeze(1)
+        wkv_B1D, sums_BD3 = wkv4(k_B1D, v_B1D, self.log_decay(), self.time_first, initial_state=state["sums"])
+        return self.output(torch.sigmoid(r_BD) * wkv_B1D.squeeze(1)), {"shift": x_BD, "sums": sums_BD3}
+
+    def flops_per_token(self, context: int) -> float:
+        matrices = (self.receptance, self.key, self.value, self.output)
+        # two sums are decayed, fed and read around a common exponent, for the state and again for the output
+        return linear_flops(*(matrix.weight for matrix in matrices)) + 22.0 * len(self.time_decay)
+
+    def state_bytes(self, context: int) -> int:
+        dtype = self.time_decay.dtype
+        return len(self.time_decay) * (dtype.itemsize + 3 * torch.promote_types(dtype, torch.float32).itemsize)
+
+
+def spread_decays(depth: float) -> Initialiser:
+    """-5 + 8 (h / (D - 1))^(0.7 + 1.3 depth) for channel h; `depth` is 0 in the first layer and 1 in the last."""
+
+    def init(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        place = torch.arange(shape[0], dtype=torch.float32) / max(1, shape[0] - 1)
+        return -5 + 8 * place.pow(0.7 + 1.3 * depth)
+
+    return init
+
+
+def staggered_bonus(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """log(0.3) + 0, 0.5, -0.5, 0, ...: neighbouring channels differ."""
+    return math.log(0.3) + 0.5 * ((torch.arange(shape[0]) + 1) % 3 - 1).float()

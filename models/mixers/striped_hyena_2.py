@@ -1,0 +1,147 @@
+"""StripedHyena 2's operators, which make up Evo 2: SE, MR and LI (arXiv 2503.01868, Zymrael/savanna and vortex).
+
+    q, k, v = conv3(in_proj(x));  y = out_proj(q * G(k * v))
+
+    hyena_se  short, explicit       G u = h * u,          h of 7 taps
+    hyena_mr  medium, regularised   G u = h * u + D u,    h of 128 taps, h_t = f_t exp(-alpha t / 127)
+    hyena_li  long, implicit        G u = h * u + D u,    h_t = sum_n R_n exp(lambda_n t), 16 real modes
+
+SE and MR need a halo as wide as their filters; LI is a diagonal recurrence whose state travels instead of the
+full-length exchange that the authors' code makes. Groups of neighbouring channels share the filters of SE and MR.
+
+Shapes: B batch, T local tokens, D channels, F groups of channels, K taps, N modes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...parallel import FiniteFilter, SequenceShard, convolve
+from ..parameters import Initialiser, at_least_float32, fan_in_uniform, normal
+from .base import LayerPlace
+from .gated_convolution import GatedConvolution, GatedConvolutionOptions
+from .modal import modal_flops, modal_mixing, modal_step
+
+
+class HyenaSEOptions(GatedConvolutionOptions):
+    """`taps`: K; `groups`: F, by default every channel has a filter of its own."""
+
+    taps: int = Field(default=7, ge=2)
+    groups: int | None = Field(default=None, ge=1)
+
+    def build(self, place: LayerPlace) -> HyenaSE:
+        return HyenaSE(self, place, fan_in_uniform())
+
+
+class HyenaMROptions(HyenaSEOptions):
+    """`taps`, `groups`: as of `hyena_se`; `slowest`: the least alpha, the greatest being 100."""
+
+    taps: int = Field(default=128, ge=2)
+    slowest: float = Field(default=1.0, gt=0)
+
+    def build(self, place: LayerPlace) -> HyenaMR:
+        return HyenaMR(self, place)
+
+
+class HyenaLIOptions(GatedConvolutionOptions):
+    """`modes`: N."""
+
+    modes: int = Field(default=16, ge=1)
+
+    def build(self, place: LayerPlace) -> HyenaLI:
+        return HyenaLI(self, place)
+
+
+class HyenaSE(GatedConvolution):
+    """`taps` (F, K) by lag: the first multiplies the current token."""
+
+    skip: Tensor | None = None
+
+    def __init__(self, options: HyenaSEOptions, place: LayerPlace, init: Initialiser) -> None:
+        super().__init__(options, place)
+        groups = options.groups or place.width
+        if place.width % groups:
+            raise ValueError(f"hyena: width {place.width} is not divisible by {groups} filter groups; use a divisor")
+        self.taps = self.parameter("taps", (groups, options.taps), init)
+
+    def filter(self) -> Tensor:
+        """(D, K)"""
+        taps_FK = at_least_float32(self.taps)
+        return taps_FK.repeat_interleave(self.width // taps_FK.shape[0], dim=0)
+
+    def convolution(self, u_BTD: Tensor, shard: SequenceShard) -> Tensor:
+        return convolve(u_BTD, FiniteFilter(self.filter()), shard, skip=self.skip)
+
+    def convolution_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(batch, self.taps.shape[1] - 1, self.width, device=device, dtype=dtype)
+
+    def convolution_step(self, u_BD: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        window_BKD = torch.cat([state, u_BD.unsqueeze(1)], dim=1)
+        y_BD = torch.einsum("bkd,dk->bd", window_BKD, self.filter().flip(1).to(u_BD.dtype))
+        return y_BD if self.skip is None else y_BD + self.skip.to(u_BD.dtype) * u_BD, window_BKD[:, 1:]
+
+    def convolution_flops(self) -> float:
+        return 2.0 * self.width * (self.taps.shape[1] + (self.skip is not None))
+
+
+class HyenaMR(HyenaSE):
+    """`taps` (F, K), before the window; `D` (D,)."""
+
+    def __init__(self, options: HyenaMROptions, place: LayerPlace) -> None:
+        super().__init__(options, place, normal(1e-5 / math.sqrt(options.taps)))
+        self.slowest = options.slowest
+        self.D = self.parameter("D", (place.width,), normal(1.0))
+
+    @property
+    def skip(self) -> Tensor:  # type: ignore[override]
+        return at_least_float32(self.D)
+
+    def filter(self) -> Tensor:
+        taps_DK = super().filter()
+        return taps_DK * self.window().to(taps_DK).repeat_interleave(len(taps_DK) // self.taps.shape[0], dim=0)
+
+    def window(self) -> Tensor:
+        """(F, K), float64: alpha from `slowest` to 100 over the groups."""
+        groups, taps = self.taps.shape
+        alpha_F = torch.logspace(math.log10(self.slowest), 2, groups, device=self.taps.device, dtype=torch.float64)
+        lags_K = torch.linspace(0, 1, taps, device=self.taps.device, dtype=torch.float64)
+        return torch.exp(-alpha_F[:, None] * lags_K)
+
+
+class HyenaLI(GatedConvolution):
+    """lambda = -exp(`log_rates`) and `residues` (D, N); `D` (D,). A rate so kept cannot grow."""
+
+    def __init__(self, options: HyenaLIOptions, place: LayerPlace) -> None:
+        super().__init__(options, place)
+        shape = (place.width, options.modes)
+        self.log_rates = self.parameter("log_rates", shape, slow_rates, decay=False)
+        self.residues = self.parameter("residues", shape, normal(0.1 / math.sqrt(options.modes)), decay=False)
+        self.D = self.parameter("D", (place.width,), normal(1.0))
+
+    def modes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Logarithms of the poles, residues, direct term."""
+        rates_DN = torch.exp(at_least_float32(self.log_rates))
+        return -rates_DN, at_least_float32(self.residues), at_least_float32(self.D)
+
+    def convolution(self, u_BTD: Tensor, shard: SequenceShard) -> Tensor:
+        return modal_mixing(u_BTD, *self.modes(), shard)
+
+    def convolution_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        return torch.zeros(batch, *self.log_rates.shape, device=device, dtype=state_dtype)
+
+    def convolution_step(self, u_BD: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return modal_step(u_BD, state, *self.modes())
+
+    def convolution_flops(self) -> float:
+        return modal_flops(*self.log_rates.shape, is_complex=False)
+
+
+def slow_rates(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Logarithms of rates e^-1 times uniform numbers between 0.01 and 0.1."""
+    return -1 + torch.log(0.01 + 0.09 * torch.rand(tuple(shape), generator=generator))

@@ -1,0 +1,112 @@
+"""The nodes of a Ray cluster, and places on them reserved for the workers of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray._private.state import available_resources_per_node, state
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from ..parallel import Degrees
+from .planning import Node, arrange, placement_rows, workers_per_node
+from .tables import columns
+
+Device = Literal["cpu", "cuda"]
+RESOURCE = {"cpu": "CPU", "cuda": "GPU"}
+# The operator's label for nodes that are close to each other: `ray start --labels rack=r1`.
+RACK_LABEL = "rack"
+NODE_LABEL = "ray.io/node-id"
+# A node that was lost is listed for some 10 s more; its raylet does not take a connection.
+PROBE_SECONDS = 2.0
+# From reserving places that are free to having them.
+RESERVE_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Places for the workers: bundle number `rank` of `group`, on `nodes[rank]`."""
+
+    group: PlacementGroup
+    nodes: tuple[Node, ...]
+    device: Device
+    degrees: Degrees
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(node.address for node in self.nodes)
+
+    @property
+    def node_size(self) -> int | None:
+        """See `workers_per_node`."""
+        return workers_per_node(list(self.nodes), self.degrees)
+
+    def table(self) -> str:
+        """What was placed where, a line for every node."""
+        return columns(("NODE", "RANKS", "SEQUENCE GROUPS"), placement_rows(list(self.nodes), self.degrees))
+
+
+class Taken(Exception):
+    """The places were gone before they could be reserved."""
+
+
+def usable_nodes(device: Device) -> list[Node]:
+    """The nodes that answer and are not about to leave, with the places that are free on each."""
+    leaving = draining()
+    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    free: dict[str, dict[str, float]] = available_resources_per_node()
+    with ThreadPoolExecutor(max(1, len(alive))) as pool:
+        there = [node for node, answers in zip(alive, pool.map(_answers, alive), strict=True) if answers]
+    return [
+        Node(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            _places(free.get(node["NodeID"], {}), device),
+            _places(node["Resources"], device),
+            node.get("Labels", {}).get(RACK_LABEL, ""),
+        )
+        for node in there
+    ]
+
+
+def answers(node_id: str) -> bool:
+    """Whether the node's raylet takes a connection."""
+    return any(_answers(node) for node in ray.nodes() if node["NodeID"] == node_id and node["Alive"])
+
+
+def draining() -> dict[str, int]:
+    """Nodes that are about to leave (preempted, scaled down) and when, in milliseconds since 1970; 0: unknown."""
+    return state.get_draining_nodes()
+
+
+@contextlib.contextmanager
+def reserved(nodes: list[Node], degrees: Degrees, device: Device) -> Iterator[Placement]:
+    """Reserves a place for every worker of a mesh and gives them back on leaving. Raises Taken when they are gone."""
+    where = arrange(nodes, degrees)
+    bundle: dict[str, Any] = {"CPU": 1.0} if device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+    group = placement_group([bundle] * len(where), bundle_label_selector=[{NODE_LABEL: node.id} for node in where])
+    try:
+        if not group.wait(RESERVE_SECONDS):
+            raise Taken
+        yield Placement(group, tuple(where), device, degrees)
+    finally:
+        if ray.is_initialized():
+            remove_placement_group(group)
+
+
+def _places(resources: dict[str, float], device: Device) -> int:
+    """A GPU for every worker takes a CPU as well."""
+    return int(min(resources.get("CPU", 0), resources.get(RESOURCE[device], 0)))
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,189 @@
+"""Keeps a run going on a Ray cluster, whatever happens to its workers and nodes.
+
+PLAN   the largest mesh that the cluster can hold now
+PLACE  reserve places for it, sequence groups inside nodes
+FORM   start the workers
+RUN    train from the newest whole checkpoint
+         -> DONE   all steps made, or stopped by the user
+         -> PLAN   a node came or is about to leave: a checkpoint was written
+         -> FAIL   a worker died, hung or failed; a node was lost
+FAIL   -> PLAN, or the end: too many failures in a row without a new checkpoint, or one that would come again
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from ..workers import Experiment, Reporter, Summary
+from ..workers.manifest import list_checkpoints
+from ..workers.run_directory import timestamp
+from .attempt import formed
+from .cluster import Cluster, Resources, choose_device
+from .failures import RunFailed
+from .placement import RESOURCE, Device, Placement, Taken, draining, reserved, usable_nodes
+from .planning import Node, fit
+from .preparation import FAILURE_FILE, Prepared
+from .rendezvous import Rendezvous
+from .stopping import StopRequest
+
+# After an attempt its places become free within this time; a stopped process takes Ray 5 s to kill.
+SETTLE_SECONDS = 15.0
+PAUSE_SECONDS = 0.5
+# How often in a row the cluster must offer a larger mesh before the run moves to it.
+GROW_AFTER = 2
+
+
+@dataclass
+class Supervisor:
+    """One run on one cluster. `reporter` hears every attempt as one run; `elastic`: fewer workers than asked will do.
+
+    A run that begins takes what was asked for or nothing; one that went on with fewer workers grows again.
+    """
+
+    prepared: Prepared
+    cluster: Cluster
+    reporter: Reporter
+    stop: StopRequest
+    elastic: bool = False
+    _failures: int = field(default=0, init=False)
+    _step: int = field(default=0, init=False)
+    _offers: int = field(default=0, init=False)
+
+    def run(self, meeting: Rendezvous) -> Summary:
+        """The run's summary, when all its steps are made or the user stopped it.
+
+        Raises ValueError for a mistake the user can put right and RunFailed when the run cannot go on.
+        """
+        device = self._device()
+        while True:
+            experiment, nodes = self._plan(device)
+            try:
+                with reserved(nodes, experiment.degrees, device) as placement:
+                    self._announce(placement, experiment)
+                    with formed(placement) as crew:
+                        prepared = replace(self.prepared, experiment=experiment, resume=self._committed_step() > 0)
+                        watch = self._watch(placement, experiment)
+                        summary = crew.train(prepared, meeting, self.reporter, self.stop, watch)
+            except Taken:
+                continue
+            except RunFailed as failure:
+                self._fail(failure)
+            else:
+                if summary.finished or self.stop.event.is_set():
+                    self.reporter.finished(summary)
+                    return summary
+            self.elastic = True
+            meeting = replace(meeting, attempt=meeting.attempt + 1)
+
+    def _device(self) -> Device:
+        """What the workers compute on, for the whole run. ValueError after waiting: the cluster is too small."""
+        wanted = self.prepared.experiment.workers
+        recovery = self.prepared.experiment.recovery
+        local = self.cluster.local
+
+        def attempt() -> Device | ValueError:
+            there = self.cluster.resources()
+            try:
+                return choose_device(wanted, there, local)
+            except ValueError as error:
+                # Fewer do for a run that goes on.
+                kind: Device = "cuda" if there.gpus else "cpu"
+                return kind if self.elastic and fit(self.prepared.experiment, _count(there, kind)) else error
+
+        found = attempt()
+        if isinstance(found, ValueError) and not local and recovery.wait_seconds:
+            self.reporter.noted(f"{str(found).partition(': use ')[0]}: waiting up to {recovery.wait_seconds:.0f} s")
+            deadline = time.monotonic() + recovery.wait_seconds
+            while isinstance(found, ValueError) and time.monotonic() < deadline:
+                time.sleep(PAUSE_SECONDS)
+                found = attempt()
+        if isinstance(found, ValueError):
+            raise found
+        if found == "cpu" and self.cluster.resources().gpus:
+            self.reporter.noted(f"on the CPU, because {wanted} workers want a GPU each and there are fewer")
+        return found
+
+    def _plan(self, device: Device) -> tuple[Experiment, list[Node]]:
+        """The experiment on the mesh to take now, and nodes with room for it. RunFailed: no room came free in time.
+
+        What could hold a larger mesh is waited for a moment: the places of the attempt before may not be free yet.
+        """
+        wanted = self.prepared.experiment
+        began, told = time.monotonic(), False
+        while True:
+            nodes = usable_nodes(device)
+            now = fit(wanted, sum(node.slots for node in nodes))
+            soon = fit(wanted, sum(node.capacity for node in nodes))
+            settled = time.monotonic() - began > SETTLE_SECONDS
+            if now and (now.workers == wanted.workers or (self.elastic and (now == soon or settled))):
+                return now, nodes
+            if time.monotonic() - began > wanted.recovery.wait_seconds:
+                raise RunFailed(f"no room within {wanted.recovery.wait_seconds:.0f} s: {self._missing(nodes, device)}")
+            if not told and settled:
+                told = True
+                limit = f"waiting up to {wanted.recovery.wait_seconds:.0f} s"
+                self.reporter.noted(f"{self._missing(nodes, device)}: {limit}")
+            time.sleep(PAUSE_SECONDS)
+
+    def _missing(self, nodes: list[Node], device: Device) -> str:
+        workers, kind = self.prepared.experiment.workers, RESOURCE[device]
+        free, there = sum(node.slots for node in nodes), sum(node.capacity for node in nodes)
+        return f"workers={workers} want a {kind} each; {free} of {there} {kind}s on {len(nodes)} nodes are free"
+
+    def _announce(self, placement: Placement, experiment: Experiment) -> None:
+        if not self.cluster.local:
+            self.reporter.noted(placement.table())
+        fewer = experiment.workers, self.prepared.experiment.workers
+        if fewer[0] < fewer[1]:
+            degrees = experiment.degrees
+            mesh = f"data {degrees.replicate * degrees.data} x sequence {degrees.sequence}"
+            self.reporter.noted(f"{fewer[0]} of {fewer[1]} workers have a place: going on as {mesh}")
+
+    def _watch(self, placement: Placement, experiment: Experiment) -> Callable[[], str | None]:
+        """Asks the cluster for a reason to move: a node that is about to leave, or room for a larger mesh."""
+        self._offers = 0
+        wanted = self.prepared.experiment
+
+        def reason() -> str | None:
+            leaving = draining()
+            for node in placement.nodes:
+                if node.id in leaving:
+                    return f"node {node.address} is about to leave: writing a checkpoint and moving"
+            if experiment.workers == wanted.workers:
+                return None
+            free = sum(node.slots for node in usable_nodes(placement.device))
+            larger = fit(wanted, free + experiment.workers)
+            self._offers = self._offers + 1 if larger and larger.workers > experiment.workers else 0
+            if self._offers < GROW_AFTER or larger is None:
+                return None
+            return f"there is room for {larger.workers} workers: writing a checkpoint and growing"
+
+        return reason
+
+    def _fail(self, failure: RunFailed) -> None:
+        """Counts a failure. Raises it when the run is not to go on."""
+        step, run = self._committed_step(), self.prepared.run
+        most = self.prepared.experiment.recovery.max_failures
+        self._failures = 1 if step > self._step else self._failures + 1
+        self._step = max(step, self._step)
+        entry = {"time": timestamp(), "step": step, "cause": str(failure)}
+        run.update_info(failures=[*run.read_info().get("failures", []), entry])
+        if failure.details:
+            run.storage.write_text(FAILURE_FILE, failure.details.rstrip() + "\n")
+        if not failure.retry or self._failures > most:
+            if self._failures > 1:
+                failure.add_note(f"gave up after {self._failures} failures in a row without a new checkpoint")
+            raise failure
+        place = f"from step {step}" if step else "from the beginning"
+        self.reporter.noted(f"{failure}; going on {place} (failure {self._failures} of {most} in a row)")
+
+    def _committed_step(self) -> int:
+        """The step of the newest checkpoint; 0: there is none."""
+        committed = [found.step for found in list_checkpoints(self.prepared.run) if found.committed]
+        return committed[-1] if committed else 0
+
+
+def _count(there: Resources, device: Device) -> int:
+    return there.gpus if device == "cuda" else there.cpus

@@ -1,0 +1,141 @@
+"""Triton kernels of the short convolution, normalisation, rotary positions and SwiGLU against float64 references."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from longstride.kernels import rms_norm, rotary, short_convolution, swiglu
+from longstride.kernels.norms.reference import rms_norm_reference
+from longstride.kernels.rotary.reference import rotary_reference
+from longstride.kernels.short_convolution.reference import short_convolution_reference
+from longstride.kernels.swiglu.reference import swiglu_reference
+
+from .compare import leaf, relative_error, start_mask
+from .native import DEVICE, FLOAT32_BOUND, assert_close, errors, needs_triton, triton_chosen
+
+pytestmark = needs_triton
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def convolve(function, x: Tensor, weight: Tensor, bias: Tensor, halo: Tensor, **options) -> Tensor:
+    return function(x, weight, bias, halo=halo, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(("length", "channels", "width"), [(1, 1, 1), (21, 18, 4), (2, 3, 7), (16, 5, 2), (11, 2, 12)])
+def test_short_convolution(
+    length: int,
+    channels: int,
+    width: int,
+    activation: str | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = [
+        leaf(2, length, channels, seed=1),
+        leaf(channels, width, seed=2),
+        leaf(channels, seed=3),
+        leaf(2, width - 1, channels, seed=4),
+    ]
+    fast = partial(convolve, short_convolution, activation=activation)
+    with triton_chosen(monkeypatch) as launched:
+        assert_close(fast, partial(convolve, short_convolution_reference, activation=activation), inputs, dtype)
+    assert launched == ["convolve_kernel", "gradient_kernel"]
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_short_convolution_keeps_documents_apart(
+    rows: int, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = start_mask(rows, 21, (0, 1), (0, 7), (rows - 1, 8), (rows - 1, 20))
+    inputs = [leaf(2, 21, 3, seed=1), leaf(3, 4, seed=2), leaf(3, seed=3), leaf(2, 3, 3, seed=4)]
+    slow = partial(convolve, short_convolution_reference, activation=activation, document_starts=starts)
+    fast = partial(convolve, short_convolution, activation=activation)
+    with triton_chosen(monkeypatch):
+        assert_close(partial(fast, document_starts=starts.to(DEVICE)), slow, inputs)
+        assert max(errors(fast, slow, inputs, torch.float32)) > 1e-3  # negative control
+
+
+def test_short_convolution_of_a_slice_without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sliced(function, wide: Tensor, weight: Tensor) -> Tensor:
+        return function(wide[:, :, 2:7], weight, activation="silu")
+
+    inputs = [leaf(2, 10, 9), leaf(5, 3)]
+    with triton_chosen(monkeypatch):
+        assert_close(partial(sliced, short_convolution), partial(sliced, short_convolution_reference), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("shape", "groups"), [((1, 3), 1), ((2, 5, 12), 1), ((7, 12), 4), ((3, 33), 3)])
+def test_rms_norm(
+    shape: tuple[int, ...], groups: int, gated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def norm(function, x: Tensor, weight: Tensor, *gate: Tensor) -> Tensor:
+        return function(x, weight, 1e-5, gate=gate[0] if gate else None, groups=groups)
+
+    inputs = [leaf(*shape, seed=1), leaf(shape[-1], seed=2), *([leaf(*shape, seed=3)] if gated else [])]
+    with triton_chosen(monkeypatch) as launched:
+        assert_close(partial(norm, rms_norm), partial(norm, rms_norm_reference), inputs, dtype)
+    assert launched == ["norm_kernel", "norm_gradient_kernel"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("style", ["half", "pairs"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_rotary(style: str, batched: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    positions = torch.arange(5) + 1_000_003
+    if batched:
+        positions = torch.stack((positions, torch.arange(5) * 7))
+
+    def turn(function, device: torch.device, x: Tensor) -> Tensor:
+        return function(x.transpose(1, 2), positions.to(device), style=style)
+
+    fast, slow = partial(turn, rotary, DEVICE), partial(turn, rotary_reference, torch.device("cpu"))
+    with triton_chosen(monkeypatch) as launched:
+        assert_close(fast, slow, [leaf(2, 3, 5, 6)], dtype)
+    assert launched == ["rotate_kernel", "rotate_kernel"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 21), (2, 2, 16)])
+def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def halves(function, both: Tensor) -> Tensor:
+        return function(*both.chunk(2, -1))
+
+    inputs = [leaf(*shape[:-1], 2 * shape[-1], scale=4.0)]
+    with triton_chosen(monkeypatch) as launched:
+        assert_close(partial(halves, swiglu), partial(halves, swiglu_reference), inputs, dtype)
+    assert launched == ["swiglu_kernel", "swiglu_gradient_kernel"]
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """The rows of x (R, ...) a billion elements from each other: 32-bit offsets would wrap; few pages exist."""
+    far = 1 << 30
+    storage = torch.empty((x.shape[0] - 1) * far + x[0].numel(), device=DEVICE)
+    return storage.as_strided(x.shape, (far, *x[0].contiguous().stride())).copy_(x)
+
+
+def test_rows_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = leaf(4, 6).detach()
+    weight, gate, taps = leaf(6).detach(), leaf(4, 6, seed=1).detach(), leaf(6, 3, seed=2).detach()
+    far = far_apart(x)
+    with triton_chosen(monkeypatch):
+        results = [
+            rms_norm(far, weight.to(far), gate=gate.to(far)),
+            swiglu(far, gate.to(far)),
+            short_convolution(far[None], taps.to(far))[0],
+            rotary(far.view(1, 4, 1, 6), torch.arange(4, device=DEVICE))[0, :, 0],
+        ]
+    expected = [
+        rms_norm_reference(x, weight, gate=gate),
+        swiglu_reference(x, gate),
+        short_convolution_reference(x[None], taps)[0],
+        rotary_reference(x.view(1, 4, 1, 6), torch.arange(4))[0, :, 0],
+    ]
+    for value, want in zip(results, expected, strict=True):
+        assert relative_error(value.cpu(), want) < FLOAT32_BOUND

@@ -1,0 +1,66 @@
+"""The Triton kernels of the state-space dual against the step loop in float64: outputs and every gradient."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from longstride.kernels.state_space_dual import state_space_dual
+from longstride.kernels.state_space_dual.reference import state_space_dual_reference
+
+from .compare import leaf, relative_error, start_mask
+from .native import DEVICE, FLOAT32_BOUND, NATIVE, assert_close, errors, needs_triton, triton_chosen
+from .test_state_space_dual import arguments, full
+
+pytestmark = needs_triton
+
+# Several chunks and a short last one, groups of one and of several heads, sizes that fill no block.
+SHAPES = [(1, 1, 1, 1, 1, 1), (2, 37, 4, 3, 2, 5), (1, 16, 3, 17, 3, 2)]
+if NATIVE:
+    SHAPES += [(2, 1000, 16, 64, 1, 128), (1, 300, 6, 128, 2, 16), (1, 200, 4, 32, 1, 64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_the_step_loop(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = partial(full, state_space_dual), partial(full, state_space_dual_reference)
+    with triton_chosen(monkeypatch) as launched:
+        assert_close(fast, slow, arguments(*shape), dtype)
+    # the backward makes the states again instead of keeping them
+    assert launched.count("states_kernel") == 3 and launched[-1] == "gradient_kernel"
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("positions", [(0,), (15, 16, 17), (3, 4, 30, 36)])
+def test_documents(rows: int, positions: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = start_mask(rows, 37, *[(index % rows, position) for index, position in enumerate(positions)])
+    inputs = arguments(2, 37, 2, 3, 1, 2)
+    slow = partial(full, state_space_dual_reference, document_starts=starts)
+    with triton_chosen(monkeypatch):
+        assert_close(partial(full, state_space_dual, document_starts=starts.to(DEVICE)), slow, inputs)
+        assert max(errors(partial(full, state_space_dual), slow, inputs, torch.float32)) > 1e-3  # negative control
+
+
+def test_fast_decays_and_shared_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decays that erase a chunk many times over; gradients of B and C by atomic additions; strided inputs."""
+
+    def sliced(function, wide: Tensor, log_decay: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
+        B, C = both.chunk(2, -1)
+        return function(wide[..., 1:4], log_decay * 100, B, C)
+
+    inputs = [leaf(1, 33, 12, 5), arguments(1, 33, 12, 1, 1, 1)[1].detach(), leaf(1, 33, 1, 6)]
+    with triton_chosen(monkeypatch, deterministic=False):
+        assert_close(partial(sliced, state_space_dual), partial(sliced, state_space_dual_reference), inputs)
+
+
+def test_tokens_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = 1 << 30
+    x, log_decay, B, C = (x.detach() for x in arguments(1, 4, 2, 3, 1, 2)[:4])
+    storage = torch.empty(3 * far + 6, device=DEVICE)
+    distant = storage.as_strided((1, 4, 2, 3), (4 * far, far, 3, 1)).copy_(x)
+    with triton_chosen(monkeypatch):
+        y, state = state_space_dual(distant, *(tensor.float().to(DEVICE) for tensor in (log_decay, B, C)))
+    expected, expected_state = state_space_dual_reference(x, log_decay, B, C)
+    assert relative_error(y.cpu(), expected) < FLOAT32_BOUND
+    assert relative_error(state.cpu(), expected_state) < FLOAT32_BOUND

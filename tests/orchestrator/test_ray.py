@@ -1,0 +1,161 @@
+"""Training on a Ray cluster that the command starts, as a user does it; each start of Ray costs some seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from longstride.orchestrator.cli import main
+
+from .commands import finish, losses, run_command, start_command
+
+pytestmark = pytest.mark.ray
+
+TWO = ("train", "small.yaml", "workers=2", "run.name=split")
+# Steps for a run that is to be disturbed long before its end.
+MANY = ("train.steps=2000", "train.validate_every=0", "checkpoint.every=5")
+
+
+@pytest.fixture
+def temporary() -> Iterator[str]:
+    """A directory for Ray's files, with a path short enough for its sockets. None of them may stay."""
+    with tempfile.TemporaryDirectory(prefix="ls", dir="/tmp") as directory:
+        yield directory
+        assert list(Path(directory).glob("longstride-ray-*")) == []
+
+
+def test_two_workers_agree_with_one(place: Path, temporary: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_command(*TWO, directory=place, TMPDIR=temporary)
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.stderr == ""
+    assert "sequence 2 x expert 2" in outcome.stdout
+    assert "finished at step 6/6" in outcome.stdout
+    assert main(["train", "small.yaml"]) == 0
+    assert losses(place / "runs" / "split") == pytest.approx(losses(place / "runs" / "small"), rel=1e-5)
+    assert not list(place.glob(".ray*")), "Ray's token stays out of the user's home"
+
+
+def test_a_cluster_that_is_there_is_joined_and_its_size_respected(place: Path, temporary: str) -> None:
+    """A head started by hand, with its token in the user's home, keeps running after the command."""
+    address = f"127.0.0.2:{_free_port('127.0.0.2')}"
+    with _head(address, place, temporary) as head:
+        words = ("--address", address)
+        outcome = run_command(*TWO, "train.steps=3", *words, directory=place, TMPDIR=temporary)
+        assert outcome.code == 0, outcome.stderr
+        assert len(losses(place / "runs" / "split")) == 3
+        four = ("workers=4", "parallel.data=2", "recovery.wait_seconds=0")
+        outcome = run_command("train", "small.yaml", *four, *words, directory=place)
+        assert outcome.code == 2
+        expected = "workers=4 want a CPU each, and Ray has 2 CPUs and 0 GPUs on 1 node: use workers=2 or fewer"
+        assert outcome.stderr == f"longstride: {expected}\n"
+        assert not (place / "runs" / "small").exists()
+        hurry = {"RAY_NUM_REDIS_GET_RETRIES": "1"}
+        outcome = run_command(*TWO, "run.name=other", *words, directory=place, RAY_AUTH_TOKEN="0" * 64, **hurry)
+        assert outcome.code == 2
+        assert "RAY_AUTH_TOKEN" in outcome.stderr.splitlines()[-1]
+        assert head.poll() is None
+
+
+def test_a_killed_worker_is_named_and_the_run_resumed(place: Path, temporary: str) -> None:
+    process = start_command(*TWO, *MANY, "recovery.max_failures=0", directory=place, TMPDIR=temporary)
+    run = place / "runs" / "split"
+    _wait_for(lambda: len(losses(run)) >= 12, process)
+    victim = next(child for child in _descendants(process) if _title(child).startswith("ray::Worker.train"))
+    victim.kill()
+    outcome = finish(process, timeout=60)
+    assert outcome.code == 1
+    cause, *advice = outcome.stderr.splitlines()
+    assert re.fullmatch(rf"longstride: worker [01] \(process {victim.pid} on .*\) died: .*", cause)
+    resume = re.search(r"longstride resume (\S+)   \(from step (\d+)\)", advice[-1])
+    assert resume, outcome.stderr
+
+    before = losses(run)
+    steps = int(resume[2]) + 10
+    outcome = run_command("resume", resume[1], f"train.steps={steps}", "checkpoint.every=0", directory=place)
+    assert outcome.code == 0, outcome.stderr
+    after = losses(run)
+    common = min(len(before), int(resume[2]))
+    assert after[:common] == before[:common]
+    assert len(after) == steps
+
+
+def test_an_interrupt_writes_a_checkpoint_and_leaves_no_process(place: Path, temporary: str) -> None:
+    process = start_command(*TWO, *MANY, "checkpoint.every=0", directory=place, TMPDIR=temporary)
+    _wait_for(lambda: len(losses(place / "runs" / "split")) >= 3, process)
+    family = _descendants(process)
+    assert len(family) > 3
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
+    outcome = finish(process, timeout=60)
+    assert outcome.code == 130, outcome.stderr
+    assert "stopped at step" in outcome.stdout
+    assert "resume:" in outcome.stdout
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+    steps = len(losses(place / "runs" / "split"))
+    assert (place / f"runs/split/checkpoints/step-{steps:08d}/manifest.json").exists()
+
+
+@contextlib.contextmanager
+def _head(address: str, home: Path, temporary: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Ray head of two CPUs at `address`."""
+    host, port = address.split(":")
+    ray = str(Path(sys.executable).parent / "ray")
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+    words = ["--head", f"--node-ip-address={host}", f"--port={port}", "--num-cpus=2", "--num-gpus=0"]
+    words += ["--include-dashboard=false", f"--temp-dir={temporary}/head", "--block", "--disable-usage-stats"]
+    environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}
+    head = subprocess.Popen(
+        [ray, "start", *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    try:
+        _wait_for(lambda: _answers(host, int(port)), head)
+        yield head
+    finally:
+        head.terminate()
+        head.wait(30)
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as server:
+        return server.getsockname()[1]
+
+
+def _answers(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
+
+
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], timeout: float = 90) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.1)
+
+
+def _descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def _title(process: psutil.Process) -> str:
+    """The process's command line, which Ray sets to the actor's name; empty when it has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
