@@ -122,7 +122,9 @@ def _conv1d(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv1d(padded, weight.unsqueeze(1), groups=weight.shape[0]).transpose(1, 2)
 
 
-def _expert_case(function: Callable[..., Any], tokens: int, width: int = 256, hidden: int = 512, experts: int = 8) -> Case:
+def _expert_case(
+    function: Callable[..., Any], tokens: int, width: int = 256, hidden: int = 512, experts: int = 8
+) -> Case:
     index = torch.randint(experts, (tokens, 1), generator=torch.Generator().manual_seed(0))
     counts = kernels.permute(index, experts)[1]
     inputs = [_random(tokens, width), _random(experts, width, hidden, seed=1), _random(experts, hidden, width, seed=2)]
@@ -134,9 +136,7 @@ def _expert_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([piece @ matrix for piece, matrix in pieces])
 
 
-def _entropy_case(
-    function: Callable[..., Any], tokens: int, width: int = 256, vocabulary: int = 32768
-) -> Case:
+def _entropy_case(function: Callable[..., Any], tokens: int, width: int = 256, vocabulary: int = 32768) -> Case:
     targets = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
     inputs = [_random(tokens, width), (_random(vocabulary, width, seed=1).detach() * 0.1).requires_grad_()]
     return inputs, lambda hidden, weight: function(hidden, weight, targets)

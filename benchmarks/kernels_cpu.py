@@ -29,20 +29,31 @@ BASELINE = {
     "norm": "norm: ours",
     "swiglu": "swiglu: ours",
 }
-# What the project promises: (what, group, one, sizes, other, sizes, measure, bound); one / other must be at most that.
+PORTABLE, COMPILED, LOOP, PEER = "scan: ours, portable", "scan: ours, compiled", "scan: plain C++ loop", "scan: mambapy"
+TIME, MEMORY = "wall_seconds", "peak_bytes"
+SHORT, MIDDLE, LONG = {"length": 4096}, {"length": 65536}, {"length": 1048576}
+# What the project promises; one / other must be at most the bound. Growth may exceed the 256 times by half.
 CLAIMS: list[tuple[str, str, dict[str, int], str, dict[str, int], str, float]] = [
-    ("portable scan 8x faster than mambapy at 65,536", "scan: ours, portable", {"length": 65536}, "scan: mambapy", {"length": 65536}, "wall_seconds", 1 / 8),
-    ("with a tenth of its memory", "scan: ours, portable", {"length": 65536}, "scan: mambapy", {"length": 65536}, "peak_bytes", 1 / 10),
-    ("compiled scan 30x faster than mambapy at 65,536", "scan: ours, compiled", {"length": 65536}, "scan: mambapy", {"length": 65536}, "wall_seconds", 1 / 30),
-    ("compiled scan within 1.3x of a plain C++ loop", "scan: ours, compiled", {"length": 65536}, "scan: plain C++ loop", {"length": 65536}, "wall_seconds", 1.3),
-    ("portable scan grows linearly, 4K to 1M (256x the tokens)", "scan: ours, portable", {"length": 1048576}, "scan: ours, portable", {"length": 4096}, "wall_seconds", 1.5 * 256),
-    ("compiled scan grows linearly, 4K to 1M", "scan: ours, compiled", {"length": 1048576}, "scan: ours, compiled", {"length": 4096}, "wall_seconds", 1.5 * 256),
-    ("long convolution no slower than the best plain rfft", "long: ours", {"length": 65536}, "long: best plain rfft", {"length": 65536}, "wall_seconds", 1.0),
-    ("with half its peak memory", "long: ours", {"length": 65536}, "long: best plain rfft", {"length": 65536}, "peak_bytes", 0.5),
-    ("grouped experts at least as fast as a loop", "experts: ours", {"tokens": 2048}, "experts: loop", {"tokens": 2048}, "wall_seconds", 1.0),
-    ("cross-entropy within 1.1x of the naive time", "entropy: ours", {"tokens": 4096}, "entropy: naive", {"tokens": 4096}, "wall_seconds", 1.1),
-    ("at a fifth of its memory", "entropy: ours", {"tokens": 4096}, "entropy: naive", {"tokens": 4096}, "peak_bytes", 0.2),
-]  # fmt: skip  # noqa: E501
+    ("portable scan 8x faster than mambapy at 65,536", PORTABLE, MIDDLE, PEER, MIDDLE, TIME, 1 / 8),
+    ("with a tenth of its memory", PORTABLE, MIDDLE, PEER, MIDDLE, MEMORY, 1 / 10),
+    ("compiled scan 30x faster than mambapy at 65,536", COMPILED, MIDDLE, PEER, MIDDLE, TIME, 1 / 30),
+    ("compiled scan within 1.3x of a plain C++ loop", COMPILED, MIDDLE, LOOP, MIDDLE, TIME, 1.3),
+    ("portable scan grows linearly, 4K to 1M", PORTABLE, LONG, PORTABLE, SHORT, TIME, 1.5 * 256),
+    ("compiled scan grows linearly, 4K to 1M", COMPILED, LONG, COMPILED, SHORT, TIME, 1.5 * 256),
+    ("long convolution as fast as plain rfft", "long: ours", MIDDLE, "long: best plain rfft", MIDDLE, TIME, 1),
+    ("with half its peak memory", "long: ours", MIDDLE, "long: best plain rfft", MIDDLE, MEMORY, 0.5),
+    ("experts as fast as a loop", "experts: ours", {"tokens": 2048}, "experts: loop", {"tokens": 2048}, TIME, 1),
+    (
+        "entropy in 1.1x the naive time",
+        "entropy: ours",
+        {"tokens": 4096},
+        "entropy: naive",
+        {"tokens": 4096},
+        TIME,
+        1.1,
+    ),
+    ("with a fifth of its memory", "entropy: ours", {"tokens": 4096}, "entropy: naive", {"tokens": 4096}, MEMORY, 0.2),
+]
 
 
 def plan(longest: int) -> Iterator[tuple[str, str, dict[str, int], int]]:
@@ -85,7 +96,10 @@ def check(rows: list[Row]) -> list[dict[str, Any]]:
         if pair[0] is None or pair[1] is None:
             continue
         ratio = getattr(pair[0], kind) / max(getattr(pair[1], kind), 1e-12)
-        found.append({"claim": what, "ratio": ratio, "bound": bound, "holds": ratio <= bound})
+        claim: dict[str, Any] = {"claim": what, "ratio": ratio, "bound": bound, "holds": ratio <= bound}
+        if kind == "wall_seconds":  # steadier where others use the machine as well
+            claim["ratio_of_cpu_seconds"] = pair[0].cpu_seconds / max(pair[1].cpu_seconds, 1e-12)
+        found.append(claim)
     return found
 
 
@@ -128,9 +142,7 @@ def main() -> None:
             continue
         small = {"length": 256} if "length" in sizes else {"tokens": 64}
         rows.append(
-            measure(
-                "benchmarks.cpu_cases", group, name, sizes, threads=options.threads, repeats=repeats, small=small
-            )
+            measure("benchmarks.cpu_cases", group, name, sizes, threads=options.threads, repeats=repeats, small=small)
         )
         print(table(rows[-1:], {}).splitlines()[-1], flush=True)
     print(f"\n{where['processor']}, {options.threads} threads, torch {where['torch']}, forward and backward, float32")
@@ -138,7 +150,8 @@ def main() -> None:
     claims = check(rows)
     for claim in claims:
         verdict = "holds" if claim["holds"] else "MISSED"
-        print(f"{verdict:>7}  {claim['claim']}: {claim['ratio']:.3g}, bound {claim['bound']:.3g}")
+        beside = f" (CPU seconds {claim['ratio_of_cpu_seconds']:.3g})" if "ratio_of_cpu_seconds" in claim else ""
+        print(f"{verdict:>7}  {claim['claim']}: {claim['ratio']:.3g}{beside}, bound {claim['bound']:.3g}")
     save(options.json, rows, where, claims)
     if any(row.group == "scan" for row in rows):
         plot(rows, options.json.with_suffix(".png"))

@@ -116,7 +116,8 @@ def table(rows: Sequence[Row], baseline: dict[str, str]) -> str:
         if row.error:
             lines.append(f"{row.name:<28}{size:>34}  not measured: {row.error}")
             continue
-        line = f"{row.name:<28}{size:>34}{row.wall_seconds:>10.4f}{row.cpu_seconds:>10.4f}{row.peak_bytes / 2**20:>10.0f}"
+        line = f"{row.name:<28}{size:>34}{row.wall_seconds:>10.4f}{row.cpu_seconds:>10.4f}"
+        line += f"{row.peak_bytes / 2**20:>10.0f}"
         base = next((r for r in rows if r.name == baseline.get(row.group) and r.arguments == row.arguments), None)
         if base is not None and not base.error:
             memory = row.peak_bytes / max(base.peak_bytes, 1)

@@ -4,7 +4,8 @@ A tile of a few tokens is a tuple of rows, unrolled by the compiler: registers o
 either direction, without a scan over a third dimension and without scratch memory.
 """
 
-# pyright: reportGeneralTypeIssues=false  (the types of triton.language.static_range)
+# The type checker takes triton.language.static_range for something that cannot be iterated.
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

@@ -103,6 +103,55 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_submit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the experiment")
+    _add_overrides(parser)
+    _add_dashboard(parser)
+    parser.add_argument("--follow", action="store_true", help="print what the job prints, until it ends")
+    parser.add_argument(
+        "--python", default="python", metavar="PATH", help="the interpreter on the cluster's head (default: python)"
+    )
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB", nargs="?", help="a job's name (default: all jobs)")
+    _add_dashboard(parser)
+
+
+def _add_logs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB", help="the job's name, as `longstride submit` printed it")
+    _add_dashboard(parser)
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
+
+
+def _add_stop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB", help="the job's name, as `longstride submit` printed it")
+    _add_dashboard(parser)
+    parser.add_argument("--timeout", type=float, default=120, metavar="SECONDS", help="how long to wait for its end")
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources", metavar="SOURCE", nargs="+", help="files, folders, globs or URLs of text, JSONL, Parquet or FASTA"
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to write: a path or URL (s3://bucket/corpus)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="bytes (default), dna, bpe, or a tokenizer.json")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="of the bpe tokenizer that is trained")
+    parser.add_argument("--separator", metavar="TOKEN", help="of a tokenizer.json: the token that ends a document")
+    parser.add_argument("--format", choices=("auto", "text", "jsonl", "parquet", "fasta"), metavar="KIND")
+    parser.add_argument("--field", metavar="NAME", help="key or column of the text (JSONL, Parquet; default: text)")
+    parser.add_argument("--validation", type=float, metavar="SHARE", help="share to hold out (default: 0.05)")
+    parser.add_argument("--holdout", choices=("auto", "documents", "tail"), metavar="HOW")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: 2)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what another preparation left in OUT")
+
+
+def _add_dashboard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", required=True, metavar="URL", help="the cluster's dashboard, such as http://10.0.0.5:8265"
+    )
+
+
 def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",
@@ -142,6 +191,36 @@ COMMANDS = (
         "list a run's checkpoints, whole or broken",
         "longstride checkpoints runs/quickstart-20261122-101500 --verify",
         _add_checkpoints,
+    ),
+    Command(
+        "prepare",
+        "tokenise sources into shards to train on",
+        "longstride prepare 'texts/*.jsonl' corpora/texts --tokenizer bpe --vocab-size 8192",
+        _add_prepare,
+    ),
+    Command(
+        "submit",
+        "train on a cluster, as a job that survives this terminal; prints the job's name",
+        "longstride submit configs/quickstart.yaml --address http://10.0.0.5:8265 run.directory=s3://bucket/runs",
+        _add_submit,
+    ),
+    Command(
+        "status",
+        "list a cluster's jobs, or show one",
+        "longstride status quickstart-20261122-101500.1 --address http://10.0.0.5:8265",
+        _add_status,
+    ),
+    Command(
+        "logs",
+        "show what a job prints",
+        "longstride logs quickstart-20261122-101500.1 -f --address http://10.0.0.5:8265",
+        _add_logs,
+    ),
+    Command(
+        "stop",
+        "end a job after the step at hand, with a checkpoint",
+        "longstride stop quickstart-20261122-101500.1 --address http://10.0.0.5:8265",
+        _add_stop,
     ),
 )
 

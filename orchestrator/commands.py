@@ -15,8 +15,23 @@ from ..workers.evaluate import load_run
 from ..workers.generate import SampleConfig, continuation, prompt_tokens
 from ..workers.manifest import list_checkpoints
 from ..workers.metrics import StepRecord, read_records
+from .job_commands import logs, prepare, status, stop, submit
 from .launch import go_on, start
 from .tables import amount_of_bytes, columns
+
+__all__ = [
+    "checkpoints",
+    "evaluate",
+    "generate",
+    "logs",
+    "prepare",
+    "resume",
+    "runs",
+    "status",
+    "stop",
+    "submit",
+    "train",
+]
 
 # A run whose last step is longer ago than this many of its steps, and these seconds, is not taken to be running.
 IDLE_STEPS, IDLE_SECONDS = 20, 120.0

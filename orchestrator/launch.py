@@ -19,7 +19,8 @@ from .stopping import StopRequest, stoppable, terminable
 def start(config: str, overrides: list[str], address: str | None, *, same: bool = False) -> int:
     """Makes a run of the config and trains it; the exit code: 0 when finished, the signal's when asked to stop.
 
-    With `same`, a run of the config's name that is there already goes on. Raises ValueError for a mistake and RunFailed for a run that could not go on, with what to do next as a note.
+    With `same`, a run of the config's name that is there already goes on. Raises ValueError for a mistake and RunFailed
+    for a run that could not go on, with what to do next as a note.
     """
     words = launcher.with_workers(overrides) if launcher.present() else overrides
     return _launch(lambda: (same_run if same else new_run)(config, words), address)

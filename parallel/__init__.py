@@ -1,6 +1,7 @@
 """How work is split: sequence shards, the motions between them, the mesh of processes, sharded parameters."""
 
 from .attention import causal_attention
+from .canonical import CanonicalModel
 from .collectives import CommunicationError
 from .convolution import Filter, FiniteFilter, ModalFilter, begin_convolve, convolve
 from .experts import run_experts
@@ -17,6 +18,7 @@ from .shard import Link, SequenceShard, Strategies
 from .transitions import Constant, Dense, LogSpace, PerChannel, PerHead, Transition
 
 __all__ = [
+    "CanonicalModel",
     "CommunicationError",
     "CommunicationLedger",
     "Constant",

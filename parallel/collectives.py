@@ -10,6 +10,7 @@ order of sends and receives can deadlock, and under gloo it is ten times faster 
 
 from __future__ import annotations
 
+import functools
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .groups import Group, VirtualGroup, group_rank, group_size
 from .shard import SequenceShard
 
 Result = TypeVar("Result")
@@ -66,7 +68,7 @@ def exchange(
 
 
 def exchange_in(
-    group: dist.ProcessGroup | None,
+    group: Group | None,
     parts: Sequence[Tensor],
     receive_shapes: Sequence[Sequence[int]],
     shard: SequenceShard,
@@ -75,20 +77,23 @@ def exchange_in(
     """`exchange` over any group (the expert group, say)."""
     if group is None:
         return Pending(None, lambda: [parts[0]], shard, motion)
-    me = dist.get_rank(group)
+    me = group_rank(group)
     send_sizes = [part.numel() for part in parts]
     receive_sizes = [torch.Size(shape).numel() for shape in receive_shapes]
-    if shard.checked:
-        verify_exchange(group, parts[0].dtype, send_sizes, receive_sizes, motion)
-    outgoing = torch.cat([part.reshape(-1) for part in parts])
-    incoming = outgoing.new_empty(sum(receive_sizes))
-    width = outgoing.element_size()
+    width = parts[0].element_size()
     shard.ledger.record(
         motion,
         shard.layer,
         sent=width * (sum(send_sizes) - send_sizes[me]),
         received=width * (sum(receive_sizes) - receive_sizes[me]),
     )
+    if isinstance(group, VirtualGroup):
+        arrived = group.exchange(parts, receive_shapes)
+        return Pending(None, lambda: arrived, shard, motion)
+    if shard.checked:
+        verify_exchange(group, parts[0].dtype, send_sizes, receive_sizes, motion)
+    outgoing = torch.cat([part.reshape(-1) for part in parts])
+    incoming = outgoing.new_empty(sum(receive_sizes))
     work = dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes, group=group, async_op=True)
 
     def finish() -> list[Tensor]:
@@ -103,13 +108,16 @@ def gather(x: Tensor, shard: SequenceShard, motion: str) -> Pending[Tensor]:
     """All processes' tensors of the same shape, stacked in rank order: (P, *x.shape)."""
     if shard.group is None:
         return Pending(None, lambda: x.unsqueeze(0), shard, motion)
+    others = x.numel() * x.element_size() * (shard.size - 1)
+    shard.ledger.record(motion, shard.layer, sent=others, received=others)
+    if isinstance(shard.group, VirtualGroup):
+        stacked = torch.stack(shard.group.exchange([x] * shard.size, [x.shape] * shard.size))
+        return Pending(None, lambda: stacked, shard, motion)
     if shard.checked:
         sizes = [x.numel()] * shard.size
         verify_exchange(shard.group, x.dtype, sizes, sizes, motion)
     source = x.reshape(-1)
     gathered = source.new_empty(shard.size * source.numel())
-    others = source.numel() * source.element_size() * (shard.size - 1)
-    shard.ledger.record(motion, shard.layer, sent=others, received=others)
     work = dist.all_gather_single(gathered, source, group=shard.group, async_op=True)
     return Pending(work, lambda: gathered.view(shard.size, *x.shape), shard, motion)
 
@@ -160,6 +168,9 @@ def send_to(peer: int, x: Tensor, shard: SequenceShard, motion: str) -> Pending[
     assert shard.group is not None
     flat = torch.view_as_real(x).contiguous() if x.is_complex() else x.contiguous()
     shard.ledger.record(motion, shard.layer, sent=flat.numel() * flat.element_size(), received=0)
+    if isinstance(shard.group, VirtualGroup):
+        shard.group.send(peer, flat)
+        return Pending(None, lambda: flat, shard, motion)
     work = dist.isend(flat, group=shard.group, group_dst=peer)
     # the buffer must live until the message has left
     return Pending(work, lambda: flat, shard, motion)
@@ -170,14 +181,24 @@ def receive_from(peer: int, like: Tensor, shard: SequenceShard, motion: str) -> 
     assert shard.group is not None
     buffer = torch.empty_like(torch.view_as_real(like) if like.is_complex() else like).contiguous()
     shard.ledger.record(motion, shard.layer, sent=0, received=buffer.numel() * buffer.element_size())
+
+    def arrived() -> Tensor:
+        return torch.view_as_complex(buffer) if like.is_complex() else buffer
+
+    if isinstance(shard.group, VirtualGroup):
+        buffer = shard.group.receive(peer, buffer)
+        return Pending(None, arrived, shard, motion)
     work = dist.irecv(buffer, group=shard.group, group_src=peer)
-    return Pending(work, lambda: torch.view_as_complex(buffer) if like.is_complex() else buffer, shard, motion)
+    return Pending(work, arrived, shard, motion)
 
 
-def all_reduce(x: Tensor, group: dist.ProcessGroup | None, shard: SequenceShard, motion: str) -> Tensor:
+def all_reduce(x: Tensor, group: Group | None, shard: SequenceShard, motion: str) -> Tensor:
     """Sum of `x` over `group`; a new tensor."""
-    if group is None or dist.get_world_size(group) == 1:
+    if group_size(group) == 1:
         return x.clone()
+    if isinstance(group, VirtualGroup):
+        members = group.exchange([x.detach()] * group.size, [x.shape] * group.size)
+        return functools.reduce(torch.add, members)
     total = x.detach().clone(memory_format=torch.contiguous_format)
     bytes_moved = total.numel() * total.element_size()
     shard.ledger.record(motion, shard.layer, sent=bytes_moved, received=bytes_moved)

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .collectives import exchange_in
+from .groups import group_size
 from .shard import SequenceShard
 
 ExpertFunction = Callable[[Tensor, Tensor], Tensor]
@@ -51,7 +51,7 @@ def run_experts(
     counts_E = torch.bincount(flat_expert, minlength=num_experts)
     rows_MD = x_ND.index_select(0, order // choices)
     group = shard.expert_group
-    size = dist.get_world_size(group) if group is not None else 1
+    size = group_size(group)
     if num_experts % size:
         raise ValueError(
             f"{num_experts} experts cannot be spread over {size} processes: use a divisor of {num_experts}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .collectives import all_reduce
+from .groups import group_size
 from .shard import SequenceShard
 
 
@@ -17,7 +17,7 @@ def global_sum(x: Tensor, shard: SequenceShard) -> Tensor:
     Every process computes the same global loss from the sum, and its backward yields the part of the gradient that
     runs through its own `x`: a partial gradient. Summed over processes (as FSDP does) these are the true gradient.
     """
-    if shard.token_group is None or dist.get_world_size(shard.token_group) == 1:
+    if group_size(shard.token_group) == 1:
         return x
     result = _GlobalSum.apply(x, shard)
     assert isinstance(result, Tensor)

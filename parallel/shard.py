@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .groups import Group, group_rank, group_size
 from .ledger import CommunicationLedger
 
 DocumentStarts = tuple[tuple[int, ...], ...]
@@ -71,10 +72,10 @@ class SequenceShard:
 
     bounds: tuple[int, ...]
     rank: int = 0
-    group: dist.ProcessGroup | None = None
+    group: Group | None = None
     document_starts: DocumentStarts | None = None
-    token_group: dist.ProcessGroup | None = None
-    expert_group: dist.ProcessGroup | None = None
+    token_group: Group | None = None
+    expert_group: Group | None = None
     ledger: CommunicationLedger = field(default_factory=CommunicationLedger)
     layer: str = ""
     strategies: Strategies = Strategies()
@@ -97,12 +98,12 @@ class SequenceShard:
     def split(
         cls,
         length: int,
-        group: dist.ProcessGroup | None = None,
+        group: Group | None = None,
         document_starts: object = None,
         *,
         bounds: Sequence[int] | None = None,
-        token_group: dist.ProcessGroup | None = None,
-        expert_group: dist.ProcessGroup | None = None,
+        token_group: Group | None = None,
+        expert_group: Group | None = None,
         ledger: CommunicationLedger | None = None,
         strategies: Strategies | None = None,
         node_size: int | None = None,
@@ -123,8 +124,7 @@ class SequenceShard:
         """
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
-        size = dist.get_world_size(group) if group is not None else 1
-        rank = dist.get_rank(group) if group is not None else 0
+        size, rank = group_size(group), group_rank(group)
         offsets = even_bounds(length, size) if bounds is None else tuple(int(b) for b in bounds)
         check_bounds(offsets, length, size)
         return cls(
@@ -136,7 +136,7 @@ class SequenceShard:
             expert_group=expert_group,
             ledger=ledger if ledger is not None else CommunicationLedger(),
             strategies=strategies or Strategies(),
-            link=Link.for_backend(dist.get_backend(group)) if group is not None else Link(),
+            link=Link.for_backend(dist.get_backend(group)) if isinstance(group, dist.ProcessGroup) else Link(),
             node_size=node_size,
             checked=checked,
         )

@@ -41,6 +41,7 @@ class StepRecord:
         learning_rate: of this step.
         grad_norm: global gradient norm before clipping.
         seconds: wall time of the step, validation and checkpoints not counted.
+        bytes_sent: by the motions that split sequences and experts, all processes together.
         auxiliary_loss: what the model adds to the cross-entropy to balance its experts.
         time: when the step ended, seconds since 1970.
     """
@@ -55,6 +56,7 @@ class StepRecord:
     learning_rate: float
     grad_norm: float
     seconds: float
+    bytes_sent: int = 0
     auxiliary_loss: float = 0.0
     time: float = 0.0
 

@@ -20,6 +20,7 @@ from ..data import Batch, Corpus
 from ..models import LanguageModel, Losses, build_model, initialise
 from ..parallel import CommunicationLedger, Mesh, clip_gradients, shard_model
 from .checkpoint import Checkpointer, gloo_group
+from .communication import write_communication
 from .experiment import Experiment
 from .manifest import Manifest, NoCheckpoint
 from .metrics import StepRecord, read_records
@@ -116,7 +117,7 @@ class Trainer:
                 self.run.metrics.rewind(0)  # of an earlier start that left no checkpoint
             self.run.record_start(self.step_count, self.mesh.world_size, asdict(self.mesh.degrees))
             self.reporter.started(self._start())
-        saved, stopping = self.step_count, False
+        saved, stopping, counted = self.step_count, False, False
         try:
             while self.step_count < self.experiment.train.steps and not stopping:
                 try:
@@ -125,6 +126,9 @@ class Trainer:
                     self._go_past(bad)
                     saved = min(saved, self.step_count)
                     continue
+                if not counted:
+                    write_communication(self.run, self.ledger, self.step_count, self._control)
+                    counted = True
                 if self._due(self.experiment.train.validate_every) or self.step_count == self.experiment.train.steps:
                     self.validation_loss = self.validate()
                     record = replace(record, validation_loss=self.validation_loss)
@@ -169,7 +173,7 @@ class Trainer:
         step_tokens = self.experiment.data.context * self.experiment.data.batch
         self.tokens += step_tokens
         seconds = time.perf_counter() - began
-        wait_share, memory, stopping = self._exchange(self.ledger.seconds_waited / seconds)
+        wait_share, memory, sent, stopping = self._exchange(self.ledger.seconds_waited / seconds)
         record = StepRecord(
             step=self.step_count,
             loss=loss,
@@ -181,6 +185,7 @@ class Trainer:
             learning_rate=rate,
             grad_norm=norm,
             seconds=seconds,
+            bytes_sent=sent,
             auxiliary_loss=float(losses.routers.detach()),
             time=time.time(),
         )
@@ -258,15 +263,16 @@ class Trainer:
         device = self.mesh.device
         return self.model(batch.tokens_BT.to(device), batch.targets_BT.to(device), shard)
 
-    def _exchange(self, wait_share: float) -> tuple[float, int, bool]:
-        """Mean share of waiting, largest memory, and whether anyone wants to stop, over all processes."""
+    def _exchange(self, wait_share: float) -> tuple[float, int, int, bool]:
+        """Over all processes: mean share of waiting, largest memory, sum of bytes sent, whether anyone wants to stop."""
         on_gpu = self.mesh.device == "cuda"
         memory = torch.cuda.max_memory_allocated() if on_gpu else self._process.memory_info().rss
-        own = torch.tensor([wait_share, float(memory), float(self.stop.is_set())], dtype=torch.float64)
+        sent = self.ledger.totals().bytes_sent
+        own = torch.tensor([wait_share, float(memory), float(sent), float(self.stop.is_set())], dtype=torch.float64)
         everyone: list[Tensor] = [torch.empty_like(own) for _ in range(self.mesh.world_size)]
         dist.all_gather(everyone, own, group=self._control)
         values = torch.stack(everyone)
-        return float(values[:, 0].mean()), int(values[:, 1].max()), bool(values[:, 2].any())
+        return float(values[:, 0].mean()), int(values[:, 1].max()), int(values[:, 2].sum()), bool(values[:, 3].any())
 
     def _log(self, record: StepRecord) -> None:
         self.last_record = record

@@ -3,6 +3,9 @@
 Legend: B batch, T tokens, D channels of a block, N states per channel, S segments.
 """
 
+# The type checker takes triton.language.static_range for something that cannot be iterated.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
@@ -12,9 +15,10 @@ from .triton_forward import tile_steps
 
 @triton.jit
 def _recompute(
-    u, delta, B, starts, scratch, state_ND, A_ND, bias_D, begin, stop, u_stride, delta_stride, B_stride, d, n, mask_D, mask_N,
+    u, delta, B, starts, scratch, state_ND, A_ND, bias_D, begin, stop, u_stride, delta_stride, B_stride,
+    d, n, mask_D, mask_N,
     N_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, CHECK: tl.constexpr, TILE: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip  # noqa: E501
+):  # fmt: skip
     """Walk CHECK tokens forward from a checkpoint and leave the state before each tile in scratch memory."""
     scratch_ND = tl.arange(0, N_BLOCK)[:, None] * D_BLOCK + tl.arange(0, D_BLOCK)[None, :]
     for i in range(0, CHECK // TILE):

@@ -6,7 +6,8 @@ are channels, so that the sum over states stays within a lane, and B and C are r
 Legend: B batch, T tokens, D channels of a block, N states per channel, S segments.
 """
 
-# pyright: reportGeneralTypeIssues=false  (the types of triton.language.static_range)
+# The type checker takes triton.language.static_range for something that cannot be iterated.
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -29,9 +30,10 @@ def tile_steps(raw_rows, bias_D, first, stop, mask_D, TILE: tl.constexpr, SOFTPL
 @triton.jit
 def summary_kernel(
     u, delta, A_log2, B, C, z, bias, starts, grad_y, ends, sums, alive,
-    length, channels, states, segment, first_segment, segments, u_strides, delta_strides, B_strides, C_strides, z_strides, grad_strides, starts_stride,
+    length, channels, states, segment, first_segment, segments,
+    u_strides, delta_strides, B_strides, C_strides, z_strides, grad_strides, starts_stride,
     N_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, TILE: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip  # noqa: E501
+):  # fmt: skip
     """What a segment adds to the state that crosses it, the sum of its step sizes, and whether anything crosses it.
 
     Forward: the state at its end from nothing at its beginning. REVERSE: the adjoint at its beginning from nothing at
@@ -66,10 +68,7 @@ def summary_kernel(
     crosses = 1.0
     tiles = tl.cdiv(segment, TILE)
     for i in range(0, tiles):
-        if REVERSE:
-            first = begin + (tiles - 1 - i) * TILE
-        else:
-            first = begin + i * TILE
+        first = begin + ((tiles - 1 - i) if REVERSE else i) * TILE
         raws = load_rows(delta, delta_strides[1], first, stop, d, mask_D, TILE)
         steps = tile_steps(raws, bias_D, first, stop, mask_D, TILE, SOFTPLUS)
         keeps = load_keeps(starts, first, stop, TILE)
@@ -117,10 +116,7 @@ def pass_kernel(
     A_ND = tl.load(A_log2 + offset_ND, mask=mask_ND, other=0.0)
     state_ND = tl.load(outermost + b * states * channels + offset_ND, mask=mask_ND, other=0.0)
     for i in range(0, segments):
-        if REVERSE:
-            row = b * segments + (segments - 1 - i)
-        else:
-            row = b * segments + i
+        row = b * segments + ((segments - 1 - i) if REVERSE else i)
         tl.store(carried + row * states * channels + offset_ND, state_ND, mask=mask_ND)
         if i < segments - 1:
             sum_D = tl.load(sums + row * channels + d, mask=mask_D, other=0.0)
@@ -132,9 +128,10 @@ def pass_kernel(
 @triton.jit
 def scan_kernel(
     u, delta, A_log2, B, C, D, z, bias, starts, entering, checkpoints, y, final,
-    length, channels, states, segment, segments, u_strides, delta_strides, B_strides, C_strides, z_strides, starts_stride,
+    length, channels, states, segment, segments,
+    u_strides, delta_strides, B_strides, C_strides, z_strides, starts_stride,
     N_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, CHECK: tl.constexpr, TILE: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip  # noqa: E501
+):  # fmt: skip
     """Outputs of a segment from the state that enters it; its state before every CHECK tokens; the final state."""
     d = tl.program_id(0) * D_BLOCK + tl.arange(0, D_BLOCK)
     s = tl.program_id(1)

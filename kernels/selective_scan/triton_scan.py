@@ -162,9 +162,7 @@ class TritonSelectiveScan(torch.autograd.Function):
         *saved, checkpoints = ctx.saved_tensors
         plan: ScanPlan = ctx.plan
         u_BTD, delta_BTD, A_log2_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT = saved
-        inputs = _Inputs(
-            u_BTD, delta_BTD, A_log2_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT, ctx.softplus, plan
-        )
+        inputs = _Inputs(u_BTD, delta_BTD, A_log2_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT, ctx.softplus, plan)
         batch, length, channels, states = inputs.sizes
         adjoints = inputs.entering(grad_final_BDN.transpose(1, 2), grad_y_BTD)
         blocks = plan.blocks(channels)

@@ -7,7 +7,8 @@ Float32 operands are split in three TF32 products each, which keeps float32 accu
 Legend: B batch, T tokens, H heads, G groups of heads, P head width, N states, M chunks, Q tokens of one.
 """
 
-# pyright: reportGeneralTypeIssues=false  (the types of triton.language.static_range)
+# The type checker takes triton.language.static_range for something that cannot be iterated.
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -48,10 +49,7 @@ def states_kernel(
             here = here & (count_Q == tl.load(count + begin - 1, mask=begin > 0, other=0))
         else:
             here = here & (count_Q == tl.load(count + last))
-    if REVERSE:
-        decay_Q = _decay(sum_Q, zero_Q, here)
-    else:
-        decay_Q = _decay(tl.load(sums + last * heads) + zero_Q, sum_Q, here)
+    decay_Q = _decay(sum_Q, zero_Q, here) if REVERSE else _decay(tl.load(sums + last * heads) + zero_Q, sum_Q, here)
     x += b * x_strides[0] + h.to(tl.int64) * x_strides[2]
     B += b * B_strides[0] + (h // (heads // groups)).to(tl.int64) * B_strides[2]
     x_PQ = _tile(x, p, 1, p < width, t, x_strides[1], valid, tl.float32)
@@ -63,17 +61,16 @@ def states_kernel(
 
 
 @triton.jit
-def pass_kernel(added, whole, outermost, carried, last, heads, size, chunks, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+def pass_kernel(
+    added, whole, outermost, carried, last, heads, size, chunks, BLOCK: tl.constexpr, REVERSE: tl.constexpr
+):
     """States (REVERSE: adjoints) that enter each chunk, and the one that leaves the last; chunk after chunk."""
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     state = tl.load(outermost + (b * heads + h) * size + i, mask=mask, other=0.0)
     for step in range(0, chunks):
-        if REVERSE:
-            row = (b * chunks + (chunks - 1 - step)) * heads + h
-        else:
-            row = (b * chunks + step) * heads + h
+        row = (b * chunks + ((chunks - 1 - step) if REVERSE else step)) * heads + h
         tl.store(carried + row * size + i, state, mask=mask)
         state = state * tl.load(whole + row) + tl.load(added + row * size + i, mask=mask, other=0.0)
     tl.store(last + (b * heads + h) * size + i, state, mask=mask)
@@ -138,10 +135,7 @@ def gradient_kernel(
     valid, mask_P, mask_N = t < length, p < width, n < states
     last = tl.minimum(begin + Q, length) - 1
     outside = valid
-    if LATER:
-        pairs = (i[:, None] >= i[None, :]) & valid[:, None]
-    else:
-        pairs = (i[:, None] <= i[None, :]) & valid[None, :]
+    pairs = (i[:, None] >= i[None, :]) & valid[:, None] if LATER else (i[:, None] <= i[None, :]) & valid[None, :]
     if count is not None:
         count += b * count_stride
         count_Q = tl.load(count + t, mask=valid, other=-1)

@@ -57,8 +57,8 @@ class _Inputs:
             unbroken_BM = last_BM.diff(dim=1, prepend=torch.zeros_like(last_BM[:, :1])) == 0
             whole_BMH = whole_BMH * unbroken_BM.unsqueeze(2)
         sums_BTH = sums_BMQH.flatten(1, 2)[:, :length].contiguous()
-        rows = [rows_contiguous(x) for x in (x_BTHP, B_BTGN, C_BTGN)]
-        return _Inputs(*rows, sums_BTH, whole_BMH.contiguous(), count_BT, chunk)
+        x_BTHP, B_BTGN, C_BTGN = rows_contiguous(x_BTHP), rows_contiguous(B_BTGN), rows_contiguous(C_BTGN)
+        return _Inputs(x_BTHP, B_BTGN, C_BTGN, sums_BTH, whole_BMH.contiguous(), count_BT, chunk)
 
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         """length, heads, groups, width, states, chunks: in the order of the kernels' arguments."""
@@ -77,7 +77,7 @@ class _Inputs:
 
     def carried(self, x: Tensor, B: Tensor, outermost_BHPN: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """What enters each chunk (B, M, H, P, N), from the left or in reverse, and what leaves the outermost one."""
-        length, heads, groups, width, states, chunks = self.sizes()
+        _, heads, _, width, states, chunks = self.sizes()
         batch = x.shape[0]
         added = self.whole_BMH.new_empty(batch, chunks, heads, width, states)
         triton_support.launch(

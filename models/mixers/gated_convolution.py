@@ -20,7 +20,7 @@ from torch import Tensor
 from ...kernels import short_convolution
 from ...parallel import SequenceShard, halo
 from ..parameters import Linear, fan_in_uniform, normal, uniform
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
+from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
 
 
 class GatedConvolutionOptions(MixerOptions):
@@ -58,6 +58,10 @@ class GatedConvolution(Mixer):
         """G, one token later."""
 
     @abstractmethod
+    def convolution_prefill(self, u_BTD: Tensor, state: Tensor, shard: SequenceShard) -> tuple[Tensor, Tensor]:
+        """G of one document after `state`, the same on every process, and the state after this shard's last token."""
+
+    @abstractmethod
     def convolution_flops(self) -> float:
         """G's operations a token."""
 
@@ -77,6 +81,16 @@ class GatedConvolution(Mixer):
         )
         q_BTD, k_BTD, v_BTD = self.split(streams_BTM)
         return self.out_proj((q_BTD * self.convolution(k_BTD * v_BTD, shard)).to(x_BTD.dtype))
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        streams_BTM = self.in_proj(x_BTD)
+        before_BWM = window_before(streams_BTM, state["short"], shard)
+        q_BTD, k_BTD, v_BTD = self.split(
+            short_convolution(streams_BTM, self.conv_weight, self.conv_bias, halo=before_BWM)
+        )
+        y_BTD, long = self.convolution_prefill(k_BTD * v_BTD, state["long"], shard)
+        short_BWM = torch.cat([before_BWM, streams_BTM], dim=1)[:, -before_BWM.shape[1] :]
+        return self.out_proj((q_BTD * y_BTD).to(x_BTD.dtype)), {"short": short_BWM, "long": long}
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
         streams, window = self.conv_weight.shape

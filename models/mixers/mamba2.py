@@ -20,9 +20,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels import rms_norm, short_convolution, state_space_dual, state_space_dual_readout
-from ...parallel import PerHead, SequenceShard, begin_prefix_state, halo
+from ...parallel import PerHead, SequenceShard, begin_prefix_state, halo, prefix_state
 from ..parameters import Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, uniform
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
+from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
 from .mamba import log_uniform_step_sizes
 
 
@@ -91,6 +91,25 @@ class Mamba2(Mixer):
             state_BHPN = entering.wait()
             y_BTHP = y_BTHP + state_space_dual_readout(state_BHPN, log_decay_BTH, C_BTGN, document_starts=starts_BT)
         return self.output(y_BTHP.to(x_BTD.dtype), z_BTC)
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        streams_BTM, delta_BTH = self.project_streams(x_BTD)
+        before_BWM = window_before(streams_BTM, state["conv"], shard)
+        x_BTHP, B_BTGN, C_BTGN = self.split(
+            short_convolution(streams_BTM, self.conv_weight, self.conv_bias, halo=before_BWM, activation="silu")
+        )
+        delta_BTH, log_decay_BTH = self.select(delta_BTH)
+        fed_BTHP = (x_BTHP * delta_BTH.unsqueeze(-1)).to(x_BTD.dtype)
+        initial_BHPN = state["ssm"] if shard.rank == 0 else None
+        y_BTHP, leaving_BHPN = state_space_dual(fed_BTHP, log_decay_BTH, B_BTGN, C_BTGN, initial_state=initial_BHPN)
+        if shard.size > 1:
+            log_decay_BH = log_decay_BTH.sum(dim=1)
+            entering_BHPN = prefix_state(PerHead(log_decay_BH), leaving_BHPN, shard)
+            y_BTHP = y_BTHP + state_space_dual_readout(entering_BHPN, log_decay_BTH, C_BTGN)
+            leaving_BHPN = leaving_BHPN + torch.exp(log_decay_BH)[..., None, None] * entering_BHPN
+        y_BTHP = (y_BTHP + self.D.unsqueeze(-1) * x_BTHP).to(x_BTD.dtype)
+        conv_BWM = torch.cat([before_BWM, streams_BTM], dim=1)[:, -before_BWM.shape[1] :]
+        return self.output(y_BTHP, self.project_gate(x_BTD)), {"conv": conv_BWM, "ssm": leaving_BHPN}
 
     def project_gate(self, x_BTD: Tensor) -> Tensor:
         """z, the first channels of `in_proj`."""

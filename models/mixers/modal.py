@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import modal_convolution, modal_readout
-from ...parallel import Constant, SequenceShard, begin_prefix_state
+from ...parallel import Constant, SequenceShard, begin_prefix_state, prefix_state
 
 
 def begin_modal_mixing(
@@ -48,6 +48,25 @@ def modal_mixing(
 ) -> Tensor:
     """`begin_modal_mixing`, finished at once."""
     return begin_modal_mixing(u_BTD, log_poles_DN, residues_DN, skip_D, shard)()
+
+
+def modal_prefill(
+    u_BTD: Tensor,
+    state_BDN: Tensor,
+    log_poles_DN: Tensor,
+    residues_DN: Tensor,
+    skip_D: Tensor | None,
+    shard: SequenceShard,
+) -> tuple[Tensor, Tensor]:
+    """One document after `state_BDN`, the same on every process: (y, the state after this shard's last token)."""
+    initial_BDN = state_BDN if shard.rank == 0 else None
+    y_BTD, leaving_BDN = modal_convolution(u_BTD, log_poles_DN, residues_DN, skip=skip_D, initial_state=initial_BDN)
+    if shard.size == 1:
+        return y_BTD, leaving_BDN
+    entering_BDN = prefix_state(Constant(log_poles_DN), leaving_BDN, shard)
+    length = u_BTD.shape[1]
+    y_BTD = y_BTD + modal_readout(entering_BDN, log_poles_DN, residues_DN, length)
+    return y_BTD, leaving_BDN + torch.exp(log_poles_DN * length) * entering_BDN
 
 
 def modal_step(

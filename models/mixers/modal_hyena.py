@@ -21,7 +21,7 @@ from ...parallel import SequenceShard
 from ..parameters import at_least_float32, normal
 from .base import LayerPlace
 from .gated_convolution import GatedConvolution, GatedConvolutionOptions
-from .modal import as_complex, complex_dtype, modal_flops, modal_mixing, modal_step
+from .modal import as_complex, complex_dtype, modal_flops, modal_mixing, modal_prefill, modal_step
 
 
 class ModalHyenaOptions(GatedConvolutionOptions):
@@ -66,6 +66,9 @@ class ModalHyena(GatedConvolution):
 
     def convolution_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.zeros(batch, *self.poles.shape[:2], device=device, dtype=complex_dtype(dtype))
+
+    def convolution_prefill(self, u_BTD: Tensor, state: Tensor, shard: SequenceShard) -> tuple[Tensor, Tensor]:
+        return modal_prefill(u_BTD, state, *self.modes(), shard)
 
     def convolution_step(self, u_BD: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         return modal_step(u_BD, state, *self.modes())

@@ -24,7 +24,7 @@ from ...parallel import LogSpace, SequenceShard, prefix_state
 from ..channel_mix import channel_powers
 from ..parameters import Initialiser, Linear, at_least_float32, constant, orthogonal
 from ..token_shift import token_shift
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
+from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
 
 
 class RWKV4Options(MixerOptions):
@@ -62,6 +62,20 @@ class RWKV4(Mixer):
             k_BTD, v_BTD, log_decay_D, self.time_first, initial_state=entering_BD3, document_starts=starts_BT
         )
         return self.output(torch.sigmoid(r_BTD) * wkv_BTD)
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        before_B1D = window_before(x_BTD, state["shift"].unsqueeze(1), shard)
+        r_BTD, k_BTD, v_BTD = self.project(x_BTD, torch.cat([before_B1D, x_BTD[:, :-1]], dim=1))
+        log_decay_D, sums_BD3 = self.log_decay(), state["sums"]
+        if shard.size > 1:
+            if shard.rank == 0:
+                _, own_BD3 = wkv4(k_BTD, v_BTD, log_decay_D, self.time_first, initial_state=sums_BD3)
+            else:
+                own_BD3 = wkv4_state(k_BTD, v_BTD, log_decay_D)
+            entering_BD3 = prefix_state(LogSpace(log_decay_D), own_BD3, shard)
+            sums_BD3 = sums_BD3 if shard.rank == 0 else entering_BD3
+        wkv_BTD, sums_BD3 = wkv4(k_BTD, v_BTD, log_decay_D, self.time_first, initial_state=sums_BD3)
+        return self.output(torch.sigmoid(r_BTD) * wkv_BTD), {"shift": x_BTD[:, -1], "sums": sums_BD3}
 
     def project(self, x_BTD: Tensor, before_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """r, k, v (..., D), given each token and the one before it."""

@@ -21,11 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ...kernels import short_convolution
 from ...parallel import FiniteFilter, SequenceShard, convolve
 from ..parameters import Initialiser, at_least_float32, fan_in_uniform, normal
-from .base import LayerPlace
+from .base import LayerPlace, window_before
 from .gated_convolution import GatedConvolution, GatedConvolutionOptions
-from .modal import modal_flops, modal_mixing, modal_step
+from .modal import modal_flops, modal_mixing, modal_prefill, modal_step
 
 
 class HyenaSEOptions(GatedConvolutionOptions):
@@ -79,6 +80,12 @@ class HyenaSE(GatedConvolution):
 
     def convolution_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.zeros(batch, self.taps.shape[1] - 1, self.width, device=device, dtype=dtype)
+
+    def convolution_prefill(self, u_BTD: Tensor, state: Tensor, shard: SequenceShard) -> tuple[Tensor, Tensor]:
+        before_BKD = window_before(u_BTD, state, shard)
+        y_BTD = short_convolution(u_BTD, self.filter().flip(1), halo=before_BKD)
+        window_BKD = torch.cat([before_BKD, u_BTD], dim=1)[:, -before_BKD.shape[1] :]
+        return y_BTD if self.skip is None else y_BTD + self.skip.to(u_BTD.dtype) * u_BTD, window_BKD
 
     def convolution_step(self, u_BD: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         window_BKD = torch.cat([state, u_BD.unsqueeze(1)], dim=1)
@@ -134,6 +141,9 @@ class HyenaLI(GatedConvolution):
     def convolution_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         state_dtype = torch.promote_types(dtype, torch.float32)
         return torch.zeros(batch, *self.log_rates.shape, device=device, dtype=state_dtype)
+
+    def convolution_prefill(self, u_BTD: Tensor, state: Tensor, shard: SequenceShard) -> tuple[Tensor, Tensor]:
+        return modal_prefill(u_BTD, state, *self.modes(), shard)
 
     def convolution_step(self, u_BD: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         return modal_step(u_BD, state, *self.modes())

@@ -51,7 +51,7 @@ def triton_chosen(monkeypatch: pytest.MonkeyPatch, *, deterministic: bool = True
 def errors(
     fast: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype
 ) -> list[float]:
-    """Relative errors of outputs and all gradients of `fast` on rounded inputs against `reference` in float64 on them."""
+    """Relative errors of outputs and all gradients on inputs rounded to `dtype`; the reference gets them in float64."""
     rounded = [x.detach().to(DEVICE, dtype.to_complex() if x.is_complex() else dtype) for x in inputs]
     fresh = [x.clone().requires_grad_() for x in rounded]
     exact = [x.to("cpu", torch.complex128 if x.is_complex() else torch.float64).requires_grad_() for x in rounded]

@@ -1,0 +1,144 @@
+"""A Ray cluster of several "nodes" on one machine, each with its own loopback address, started as an operator would."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+RAY = str(Path(sys.executable).parent / "ray")
+HEAD = "127.0.0.2"
+# Ray's own values find a node lost after 13 s.
+HURRY = {
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+class Nodes:
+    """A head without places for workers, and nodes that can be added and lost. `home` holds the cluster's token."""
+
+    def __init__(self, home: Path, temporary: str) -> None:
+        self.home, self.temporary = home, temporary
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+        self._seen: dict[int, psutil.Process] = {}
+        (home / ".ray").mkdir(parents=True)
+        (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+        self.port, self.dashboard_port = free_port(HEAD), free_port(HEAD)
+        words = ["--head", f"--port={self.port}", "--num-cpus=0", f"--temp-dir={temporary}/ray"]
+        words += [f"--dashboard-host={HEAD}", f"--dashboard-port={self.dashboard_port}"]
+        self._start(HEAD, words)
+        wait_until(lambda: answers(HEAD, self.dashboard_port), "the dashboard answers", timeout=120)
+
+    @property
+    def url(self) -> str:
+        return f"http://{HEAD}:{self.dashboard_port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For processes that are to be let in."""
+        return {"HOME": str(self.home), "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1", "TMPDIR": self.temporary}
+
+    def add(self, address: str, cpus: int = 1) -> None:
+        """A node at `address`."""
+        self._start(address, [f"--address={HEAD}:{self.port}", f"--num-cpus={cpus}"])
+
+    def lose(self, address: str) -> None:
+        """The node's raylet is killed; its workers end with it."""
+        next(process for process in self.processes(address) if process.name() == "raylet").kill()
+        self._started.pop(address).wait(60)
+
+    def processes(self, address: str) -> list[psutil.Process]:
+        """The node's processes, its workers included."""
+        found = psutil.Process(self._started[address].pid).children(recursive=True)
+        self._seen |= {process.pid: process for process in found}
+        return found
+
+    def worker(self, address: str) -> psutil.Process:
+        """The training worker on the node."""
+        return next(process for process in self.processes(address) if title(process).startswith("ray::Worker.train"))
+
+    def close(self) -> None:
+        """Ends everything that was started; nothing stays."""
+        for address in self._started:
+            self.processes(address)
+        for process in reversed(self._started.values()):
+            process.terminate()
+        for process in self._started.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+        _, alive = psutil.wait_procs(list(self._seen.values()), timeout=10)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def _start(self, address: str, words: list[str]) -> None:
+        common = [f"--node-ip-address={address}", "--num-gpus=0", "--block", "--disable-usage-stats"]
+        common += [f"--object-store-memory={80 * 2**20}"]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, **self.environment, **HURRY, "PATH": path}
+        environment.pop("RAY_ADDRESS", None)
+        with Path(self.temporary, f"{address}.log").open("wb") as log:
+            self._started[address] = subprocess.Popen(
+                [RAY, "start", *words, *common], env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+
+
+@contextlib.contextmanager
+def cluster(*addresses: str) -> Iterator[Nodes]:
+    """A cluster with nodes of one place each at `addresses`."""
+    temporary = tempfile.mkdtemp(prefix="ls", dir="/tmp")  # short: Ray's sockets lie below it
+    nodes = Nodes(Path(temporary, "home"), temporary)
+    try:
+        for address in addresses:
+            nodes.add(address)
+        yield nodes
+    finally:
+        nodes.close()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def suspend(process: psutil.Process) -> None:
+    """The process stops, and answers nobody, but stays."""
+    process.send_signal(signal.SIGSTOP)
+
+
+def title(process: psutil.Process) -> str:
+    """The process's command line, which Ray sets to the actor's name; empty when it has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as server:
+        return server.getsockname()[1]
+
+
+def answers(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120, pause: float = 0.2) -> None:
+    """Fails when the condition does not come true in time."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout:.0f} s in vain: {what}"
+        time.sleep(pause)

@@ -1,0 +1,95 @@
+"""The canonical mode: losses and every gradient bitwise the same for sequence degrees 1, 2 and 4."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longstride.models import build_model
+from longstride.models.registry import MIXERS
+from longstride.parallel import CanonicalModel, CommunicationLedger, SequenceShard
+from longstride.parallel.shard import even_bounds
+from tests.distributed import run_ranks
+from tests.models.cases import MIXER_CASES, SMALL
+
+LENGTH, TILES = 64, 8
+HYBRID: dict[str, Any] = {
+    "vocab_size": 40,
+    "width": 16,
+    "layers": "[mamba, hyena(max_length=64)+moe, attention(heads=4, kv_heads=2), mamba+moe]",
+    "moe": {"experts": 4, "hidden": 24, "balance_loss": 0.3, "z_loss": 0.1},
+    "init_std": 0.2,
+}
+
+
+def config_of(mixer: str) -> dict[str, Any]:
+    return {**SMALL, "vocab_size": 40, **MIXER_CASES[mixer]}
+
+
+def compute(rank: int, world: int, configs: list[dict[str, Any]], canonical: bool) -> list[tuple[Tensor, list[Tensor]]]:
+    """Loss and gradients of each model, float32, in which every rounding shows."""
+    group = dist.group.WORLD if world > 1 else None
+    bounds = even_bounds(LENGTH, world)
+    here = slice(bounds[rank], bounds[rank + 1])
+    tokens, targets = torch.randint(40, (2, 2, LENGTH), generator=torch.Generator().manual_seed(0))
+    results = []
+    for config in configs:
+        model = build_model(config, seed=1)
+        documents, ledger = [[7, 30], [16]], CommunicationLedger()
+        if canonical:
+            runner = CanonicalModel(model, TILES, group)
+            losses = runner.run(backward, tokens[:, here], targets[:, here], LENGTH, documents, ledger)
+            runner.collect_gradients()
+        else:
+            shard = SequenceShard.split(LENGTH, group, documents) if group else SequenceShard.whole(LENGTH, documents)
+            losses = backward(model, tokens[:, here], targets[:, here], shard)
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad)
+        grads = [p.grad for p in model.parameters()]
+        results.append((losses, [g for g in grads if g is not None]))
+    return results
+
+
+def backward(model: Any, tokens: Tensor, targets: Tensor, shard: SequenceShard) -> Tensor:
+    losses = model(tokens, targets, shard)
+    losses.total.backward()
+    return torch.stack(losses).detach()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_bitwise_for_every_sequence_degree(world: int) -> None:
+    names = [*MIXERS, "hybrid"]
+    configs = [HYBRID if name == "hybrid" else config_of(name) for name in names]
+    expected = run_ranks(compute, 1, configs, True)[0]
+    for results in run_ranks(compute, world, configs, True):
+        for name, (losses, grads), (true_losses, true_grads) in zip(names, results, expected, strict=True):
+            assert torch.equal(losses, true_losses), name
+            assert len(grads) == len(true_grads)
+            assert all(torch.equal(a, b) for a, b in zip(grads, true_grads, strict=True)), name
+
+
+def test_negative_control_the_ordinary_mode_rounds_differently() -> None:
+    expected = run_ranks(compute, 1, [HYBRID], False)[0]
+    results = run_ranks(compute, 2, [HYBRID], False)[0]
+    pairs = zip(results[0][1], expected[0][1], strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_it_is_the_same_mathematics() -> None:
+    model = build_model(HYBRID, seed=1)
+    tokens, targets = torch.randint(40, (2, 2, LENGTH), generator=torch.Generator().manual_seed(0))
+    losses = backward(model, tokens, targets, SequenceShard.whole(LENGTH, [[7, 30], [16]]))
+    canonical = run_ranks(compute, 1, [HYBRID], True)[0][0]
+    assert torch.allclose(losses, canonical[0], rtol=1e-5)
+    for parameter, grad in zip(model.parameters(), canonical[1], strict=True):
+        assert parameter.grad is not None
+        assert float((parameter.grad - grad).abs().max()) <= 1e-4 * float(parameter.grad.abs().max()) + 1e-7
+
+
+def test_tiles_must_divide() -> None:
+    with pytest.raises(AssertionError, match="8 tiles cannot be spread over 3 processes evenly"):
+        run_ranks(compute, 3, [HYBRID], True)
