@@ -4,10 +4,11 @@ Shape letters: B rows (sequences) of this process, T tokens of this process's sl
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -54,17 +55,7 @@ class SliceReader:
     ) -> None:
         self.corpus, self.split, self.context, self.batch = corpus, split, context, batch
         self.start, self.stop = bounds or (0, context)
-        if context < 1 or batch < 1:
-            raise ValueError(f"data.context {context} and data.batch {batch} must be at least 1")
-        if batch % data_size:
-            above = -(-batch // data_size) * data_size
-            raise ValueError(f"data.batch {batch} does not divide over {data_size} data ranks: take {above}")
-        if not 0 <= data_rank < data_size:
-            raise ValueError(f"data rank {data_rank} is not one of {data_size}")
-        if not 0 <= self.start <= self.stop <= context:
-            raise ValueError(f"slice [{self.start}, {self.stop}) is not inside a sequence of {context} tokens")
-        self.num_rows = batch // data_size
-        self.first_row = data_rank * self.num_rows
+        self.rows = own_rows(context, batch, data_rank, data_size, (self.start, self.stop))
         self._pool = ThreadPoolExecutor(corpus.concurrent_reads, "read") if corpus.concurrent_reads > 1 else None
 
     def read(self, windows: Sequence[Window | None], step: int) -> Batch:
@@ -72,8 +63,8 @@ class SliceReader:
         run = self._pool.map if self._pool else map
         starts = list(run(self._document_starts, windows))
         num_targets = sum(self.context - len(row) for row, window in zip(starts, windows, strict=True) if window)
-        own = range(self.first_row, self.first_row + self.num_rows)
-        tokens_BT = np.zeros((self.num_rows, self.stop - self.start), dtype=np.int64)
+        own = self.rows
+        tokens_BT = np.zeros((len(own), self.stop - self.start), dtype=np.int64)
         targets_BT = np.full_like(tokens_BT, IGNORED)
         rows = [(row, number, window) for row, number in enumerate(own) if (window := windows[number])]
         rows = rows if self.start < self.stop else []
@@ -106,41 +97,34 @@ class SliceReader:
         return places
 
 
-class SequenceLoader(Iterator[Batch]):
-    """Endless iterator of training batches.
+def own_rows(context: int, batch: int, data_rank: int, data_size: int, bounds: tuple[int, int]) -> range:
+    """The rows of the global batch that a data rank reads. ValueError: there is no such rank, or such a slice."""
+    start, stop = bounds
+    if context < 1 or batch < 1:
+        raise ValueError(f"data.context {context} and data.batch {batch} must be at least 1")
+    if batch % data_size:
+        above = -(-batch // data_size) * data_size
+        raise ValueError(f"data.batch {batch} does not divide over {data_size} data ranks: take {above}")
+    if not 0 <= data_rank < data_size:
+        raise ValueError(f"data rank {data_rank} is not one of {data_size}")
+    if not 0 <= start <= stop <= context:
+        raise ValueError(f"slice [{start}, {stop}) is not inside a sequence of {context} tokens")
+    num_rows = batch // data_size
+    return range(data_rank * num_rows, (data_rank + 1) * num_rows)
 
-    The global order is fixed by (seed, corpus, split, context): batch number `step` holds sequences
-    [step * batch, (step + 1) * batch) of `GlobalOrder`, whatever the mesh. Data rank r of P reads rows
-    [r * batch / P, (r + 1) * batch / P) of it and, of each row, the tokens [bounds) and the one after them, by range.
+
+class BatchLoader(Iterator[Batch]):
+    """Endless iterator of training batches: batch number `step` is a function of `step` alone.
 
     Args:
-        corpus: what to read; split: "train" or "validation".
-        context: tokens of a sequence. batch: sequences of the GLOBAL batch, over all data ranks.
-        seed: of the order. bounds: [start, stop) of every sequence that this process reads; default: all.
+        read: the batch of a step.
         start_step: the first step to hand out. prefetch: batches read ahead by a thread; 0 reads in `next`.
 
-    Raises ValueError: batch not divisible by data_size, context longer than the corpus, bounds outside the sequence.
-    A read that fails raises CorpusError from `next`, at the step it belongs to. `close` ends the thread.
+    What `read` raises comes from `next`, at the step it belongs to. `close` ends the thread.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        context: int,
-        batch: int,
-        *,
-        seed: int,
-        split: str = "train",
-        data_rank: int = 0,
-        data_size: int = 1,
-        bounds: tuple[int, int] | None = None,
-        start_step: int = 0,
-        prefetch: int = 2,
-    ) -> None:
-        self._reader = SliceReader(corpus, split, context, batch, data_rank, data_size, bounds)
-        regions = corpus.regions(split)
-        _require(min(regions, key=attrgetter("length")), split, context)
-        self._order = GlobalOrder(regions, context, seed)
+    def __init__(self, read: Callable[[int], Batch], start_step: int, prefetch: int) -> None:
+        self._read = read
         self._prefetch = prefetch
         self._batches: Iterator[Batch] | None = None
         self._position = start_step
@@ -157,7 +141,7 @@ class SequenceLoader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            source = _batches(self._reader, self._order, self._position)
+            source = map(self._read, itertools.count(self._position))
             self._batches = Prefetcher(source, self._prefetch) if self._prefetch else source
         try:
             batch = next(self._batches)
@@ -173,11 +157,65 @@ class SequenceLoader(Iterator[Batch]):
             self._batches.close()
         self._batches = None
 
-    def __enter__(self) -> "SequenceLoader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class HeldOut(Protocol):
+    """The held-out batches of one process, the same each time and in the same number on every process.
+
+    The last one may be filled up with rows whose targets are all -100: weight each batch's mean loss by its
+    `num_targets`.
+    """
+
+    @property
+    def num_sequences(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class SequenceLoader(BatchLoader):
+    """The training batches of a corpus.
+
+    The global order is fixed by (seed, corpus, split, context): batch number `step` holds sequences
+    [step * batch, (step + 1) * batch) of `GlobalOrder`, whatever the mesh. Data rank r of P reads rows
+    [r * batch / P, (r + 1) * batch / P) of it and, of each row, the tokens [bounds) and the one after them, by range.
+
+    Args:
+        corpus: what to read; split: "train" or "validation".
+        context: tokens of a sequence. batch: sequences of the GLOBAL batch, over all data ranks.
+        seed: of the order. bounds: [start, stop) of every sequence that this process reads; default: all.
+        start_step, prefetch: see `BatchLoader`.
+
+    Raises ValueError: batch not divisible by data_size, context longer than the corpus, bounds outside the sequence.
+    A read that fails raises CorpusError from `next`.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        context: int,
+        batch: int,
+        *,
+        seed: int,
+        split: str = "train",
+        data_rank: int = 0,
+        data_size: int = 1,
+        bounds: tuple[int, int] | None = None,
+        start_step: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        reader = SliceReader(corpus, split, context, batch, data_rank, data_size, bounds)
+        regions = corpus.regions(split)
+        _require(min(regions, key=attrgetter("length")), split, context)
+        order = GlobalOrder(regions, context, seed)
+        # Not a method: the prefetching thread must not keep the loader alive.
+        super().__init__(lambda step: _batch(reader, order, step), start_step, prefetch)
 
 
 def _require(region: Region, split: str, context: int) -> None:
@@ -188,11 +226,9 @@ def _require(region: Region, split: str, context: int) -> None:
         )
 
 
-def _batches(reader: SliceReader, order: GlobalOrder, start_step: int) -> Iterator[Batch]:
-    """Not a method: the prefetching thread must not keep the loader alive."""
-    for step in itertools.count(start_step):
-        first = step * reader.batch
-        yield reader.read([order.window(first + row) for row in range(reader.batch)], step)
+def _batch(reader: SliceReader, order: GlobalOrder, step: int) -> Batch:
+    first = step * reader.batch
+    return reader.read([order.window(first + row) for row in range(reader.batch)], step)
 
 
 class ValidationSet:

@@ -45,11 +45,11 @@ class Jobs:
     def __init__(self, address: str) -> None:
         self.address = check_address(address)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-        logging.getLogger("ray").setLevel(logging.ERROR)
         with self._explained():
             # Ray's client waits minutes for a host that does not answer.
             requests.head(self.address, timeout=REACH_SECONDS)
             self._client = JobSubmissionClient(self.address)
+        logging.getLogger("ray").setLevel(logging.ERROR)  # which the client has just set to tell of its uploads
 
     def submit(self, experiment: Experiment, *, python: str = "python") -> str:
         """Sends code and config; the job's name, which is the run's with a number after it."""

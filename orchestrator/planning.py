@@ -44,7 +44,9 @@ def fit(experiment: Experiment, devices: int) -> Experiment | None:
         return None
     sequence = _largest_divisor(experiment.data.context, min(wanted.sequence, devices))
     copies = _largest_divisor(experiment.data.batch, min(wanted.replicate * wanted.data, devices // sequence))
-    replicate = next(r for r in range(1, copies + 1) if copies % r == 0 and copies // r <= wanted.data)
+    # Parameters stay spread over at least as many processes as they can: whole copies of them go first.
+    kept = min(wanted.data, copies)
+    replicate = max(r for r in range(1, wanted.replicate + 1) if copies % r == 0 and copies // r >= kept)
     data = copies // replicate
     experts = experiment.model.num_experts
     expert = max(e for e in range(1, wanted.expert + 1) if data * sequence % e == 0 and experts % e == 0)

@@ -136,6 +136,11 @@ class Mesh:
         return self.degrees.sequence
 
     @property
+    def sequence_group(self) -> dist.ProcessGroup:
+        """The processes that share this process's sequences."""
+        return self._tokens.get_group("sequence")
+
+    @property
     def data_rank(self) -> int:
         """Which share of the batch this process works on, over replicate x data."""
         return self._tokens.get_local_rank("replicate") * self.degrees.data + self._tokens.get_local_rank("data")
@@ -170,7 +175,7 @@ class Mesh:
         """This process's part of sequences of `length` tokens."""
         return SequenceShard.split(
             length,
-            self._tokens.get_group("sequence"),
+            self.sequence_group,
             document_starts,
             token_group=dist.group.WORLD,
             expert_group=self._experts.get_group("expert") if self.expert_size > 1 else None,

@@ -124,7 +124,24 @@ class Experiment(Settings):
                 f"data.batch={batch} does not divide over {copies} groups of processes (parallel.data="
                 f"{degrees.data} x parallel.replicate={degrees.replicate}); set data.batch={above}"
             )
+        self._check_canonical(degrees)
         return self
+
+    def _check_canonical(self, degrees: Degrees) -> None:
+        tiles = self.train.canonical
+        if not tiles:
+            return
+        if copies := degrees.data * degrees.replicate - 1:
+            raise ConfigError(
+                f"train.canonical={tiles} is for one group of processes: set parallel.sequence={copies + 1}"
+            )
+        if self.data.context % tiles or tiles % degrees.sequence:
+            raise ConfigError(
+                f"train.canonical={tiles} must divide data.context={self.data.context} and be a multiple of "
+                f"parallel.sequence={degrees.sequence}"
+            )
+        if self.train.dtype == "bfloat16":
+            raise ConfigError(f"train.canonical={tiles} computes in the parameters' type: set train.dtype=float32")
 
 
 def expand_preset(path: str, value: Any) -> Tree | None:

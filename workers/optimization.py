@@ -36,6 +36,8 @@ class TrainConfig(Settings):
         epsilon: AdamW's.
         clip: largest global gradient norm; 0 means no clipping.
         validate_every: steps between validations; 0 means only at the end.
+        canonical: tiles into which every sequence is cut so that losses and gradients are bitwise the same for every
+            sequence degree that divides them (parallel/canonical.py; slower, parameters whole everywhere); 0: off.
     """
 
     steps: int = Field(default=1000, ge=1)
@@ -48,6 +50,7 @@ class TrainConfig(Settings):
     epsilon: float = Field(default=1e-8, gt=0)
     clip: float = Field(default=1.0, ge=0)
     validate_every: int = Field(default=0, ge=0)
+    canonical: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:

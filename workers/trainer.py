@@ -14,11 +14,11 @@ from dataclasses import asdict, replace
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Batch, Corpus
 from ..models import LanguageModel, Losses, build_model, initialise
-from ..parallel import CommunicationLedger, Mesh, clip_gradients, shard_model
+from ..parallel import CanonicalModel, CommunicationLedger, Mesh, SequenceShard, clip_gradients, shard_model
 from .checkpoint import Checkpointer, gloo_group
 from .communication import write_communication
 from .experiment import Experiment
@@ -79,7 +79,13 @@ class Trainer:
         self.validation_loss: float | None = None
         self.ledger = CommunicationLedger()
         seed_everything(experiment.seed, mesh.rank)
-        self.model = make_sharded_model(experiment, mesh)
+        tiles = experiment.train.canonical
+        if tiles:
+            model = build_model(experiment.model, seed=experiment.seed, dtype=experiment.train.parameter_dtype)
+            self.model = model.to(mesh.device)
+        else:
+            self.model = make_sharded_model(experiment, mesh)
+        self.canonical = CanonicalModel(self.model, tiles, mesh.sequence_group) if tiles else None
         self.optimizer = ShardedAdamW(self.model, experiment.train)
         self.checkpointer = Checkpointer(run, experiment.checkpoint, self.model, self.optimizer)
         self._control = gloo_group()
@@ -156,16 +162,18 @@ class Trainer:
             self.position += 1
             self.loader.seek(self.position)
         batch = next(self.loader)
-        losses = self._losses(batch)
-        losses.total.backward()
+        losses = self._losses(batch, backward=True)
         clip = self.experiment.train.clip
-        norm = float(clip_gradients(self.model.parameters(), clip if clip > 0 else None, self.mesh))
+        # canonical gradients are whole on every process
+        mesh = None if self.canonical else self.mesh
+        norm = float(clip_gradients(self.model.parameters(), clip if clip > 0 else None, mesh))
         loss = float(losses.cross_entropy.detach())
         if problem := self._guard.problem(loss, norm):
             self.optimizer.zero_grad()
             raise BadLoss(f"{problem} at step {self.step_count + 1}", batch.step)
         rate = learning_rate(self.experiment.train, self.step_count + 1)
         self.optimizer.step(rate)
+        self.model.end_step()
         self.optimizer.zero_grad()
         self._guard.add(loss)
         self.step_count += 1
@@ -258,13 +266,28 @@ class Trainer:
         if self.first:
             self.reporter.noted(f"{bad}: batch {bad.position} is left out{back}")
 
-    def _losses(self, batch: Batch) -> Losses:
-        shard = self.mesh.shard(self.experiment.data.context, batch.document_starts, self.ledger)
-        device = self.mesh.device
-        return self.model(batch.tokens_BT.to(device), batch.targets_BT.to(device), shard)
+    def _losses(self, batch: Batch, *, backward: bool = False) -> Losses:
+        """The losses of a batch; with `backward` the parameters' gradients too."""
+        tokens_BT, targets_BT = (tensor.to(self.mesh.device) for tensor in (batch.tokens_BT, batch.targets_BT))
+        context = self.experiment.data.context
+
+        def compute(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard) -> Losses:
+            losses = model(tokens_BT, targets_BT, shard)
+            if backward:
+                losses.total.backward()
+            return losses
+
+        if self.canonical is None:
+            return compute(
+                self.model, tokens_BT, targets_BT, self.mesh.shard(context, batch.document_starts, self.ledger)
+            )
+        losses = self.canonical.run(compute, tokens_BT, targets_BT, context, batch.document_starts, self.ledger)
+        if backward:
+            self.canonical.collect_gradients()
+        return losses
 
     def _exchange(self, wait_share: float) -> tuple[float, int, int, bool]:
-        """Over all processes: mean share of waiting, largest memory, sum of bytes sent, whether anyone wants to stop."""
+        """Over all processes: mean share of waiting, largest memory, bytes sent, whether anyone wants to stop."""
         on_gpu = self.mesh.device == "cuda"
         memory = torch.cuda.max_memory_allocated() if on_gpu else self._process.memory_info().rss
         sent = self.ledger.totals().bytes_sent

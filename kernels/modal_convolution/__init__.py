@@ -9,6 +9,7 @@ and has a state that can be handed over. Legend: B batch, T tokens, D channels, 
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from ..documents import checked_starts
 from ..segments import expect_shape, segment_tokens, state_dtype, walk
 from .portable import CHUNK, modal_segment, modal_tables, widest
@@ -49,6 +50,15 @@ def modal_convolution(
     expect_shape("modal convolution", "initial_state", initial_state, (batch, channels, modes))
     starts_BT = checked_starts(document_starts, batch, length)
     dtype = state_dtype(u_BTD, log_poles_DN, residues_DN, skip, initial_state)
+    if triton_support.takes(u_BTD, log_poles_DN, residues_DN, skip, initial_state):
+        from .triton_modal import WIDEST, TritonModal
+
+        if modes <= WIDEST:
+            state_type = dtype.to_complex() if log_poles_DN.is_complex() else dtype
+            if initial_state is None:
+                initial_state = torch.zeros(batch, channels, modes, dtype=state_type, device=u_BTD.device)
+            skip = None if skip is None else skip.to(dtype)
+            return TritonModal.apply(u_BTD, log_poles_DN, residues_DN, skip, initial_state.to(state_type), starts_BT)
     chunk = _chunk(batch, length, starts_BT)
     tables = modal_tables(log_poles_DN, residues_DN, chunk, length % chunk, dtype)
     wide = widest(log_poles_DN).dtype

@@ -7,6 +7,7 @@ an exponent, so that keys of any size neither overflow nor vanish. Legend: B bat
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from ..documents import checked_starts
 from ..segments import expect_shape, segment_tokens, state_dtype, walk
 from .portable import Wkv4, summary_segment
@@ -48,7 +49,10 @@ def wkv4(
     dtype = state_dtype(k_BTD, v_BTD, log_decay_D, bonus_D, initial_state)
     if initial_state is None:
         initial_state = torch.tensor(EMPTY, dtype=dtype, device=k_BTD.device).expand(batch, channels, 3)
-    return Wkv4.apply(
+    function: type[torch.autograd.Function] = Wkv4
+    if triton_support.takes(k_BTD, v_BTD, log_decay_D, bonus_D, initial_state):
+        from .triton_wkv4 import TritonWkv4 as function
+    return function.apply(
         k_BTD, v_BTD, log_decay_D.to(dtype), bonus_D.to(dtype), initial_state.to(dtype), starts_BT
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ H heads, N head width.
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from ..documents import checked_starts
 from ..segments import expect_shape, segment_tokens, state_dtype, walk
 from .portable import CHUNK, PAIRWISE_CHUNK, is_moderate, segment, transition_segment
@@ -52,6 +53,11 @@ def wkv7(
     dtype = state_dtype(*sequences, initial_state)
     if initial_state is None:
         initial_state = torch.zeros(batch, heads, width, width, dtype=dtype, device=r_BTHN.device)
+    if triton_support.takes(*sequences, initial_state):
+        from .triton_wkv7 import WIDEST, TritonWkv7
+
+        if width <= WIDEST:
+            return TritonWkv7.apply(*sequences, initial_state.to(dtype), starts_BT)
     moderate = is_moderate(log_w_BTHN, CHUNK)
     chunk = CHUNK if moderate else PAIRWISE_CHUNK
 

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ...parallel import FiniteFilter, SequenceShard, convolve
+from ...parallel import FiniteFilter, ModalFilter, SequenceShard, begin_convolve, convolve
 from ..parameters import Linear, at_least_float32, normal, uniform
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
-from .modal import begin_modal_mixing, modal_step
+from .modal import modal_step
 from .s4d import DiagonalStateSpace, Discretisation, S4DOptions
 
 
@@ -64,7 +64,8 @@ class H3(Mixer):
         shift = FiniteFilter(self.shift_taps())
         k_BTD = convolve(self.k_proj(x_BTD), shift, shard, skip=at_least_float32(self.shift_D))
         kv_BTE = self.outer(k_BTD.to(x_BTD.dtype), self.v_proj(x_BTD))
-        finish = begin_modal_mixing(kv_BTE, *self.modes(), shard)
+        log_poles_EN, residues_EN, skip_E = self.modes()
+        finish = begin_convolve(kv_BTE, ModalFilter(log_poles_EN, residues_EN), shard, skip=skip_E)
         q_BTD = self.q_proj(x_BTD)
         return self.out_proj(self.read(q_BTD, finish()).to(x_BTD.dtype))
 

@@ -1,4 +1,5 @@
-"""Convolution by a sum of modes, over a sequence shard: what S4D, H3, StripedHyena and StripedHyena 2 share.
+"""Decoding a convolution by a sum of modes: what S4D, H3, StripedHyena and StripedHyena 2 share beside their parallel
+form, which is `parallel.convolve` with a `ModalFilter`.
 
     x_t = e^{log_pole} x_{t-1} + u_t        y_t = Re sum_n residue_n x_{t,n} + skip u_t
 
@@ -9,45 +10,11 @@ Shapes: B batch, T local tokens, D channels, N modes, real or complex.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ...kernels import modal_convolution, modal_readout
-from ...parallel import Constant, SequenceShard, begin_prefix_state, prefix_state
-
-
-def begin_modal_mixing(
-    u_BTD: Tensor, log_poles_DN: Tensor, residues_DN: Tensor, skip_D: Tensor | None, shard: SequenceShard
-) -> Callable[[], Tensor]:
-    """Mix this shard from zero and send the state it reaches on its way; calling the result gives y (B, T, D).
-
-    Whatever does not depend on y can be computed between the two calls.
-
-    Args:
-        u_BTD: inputs of any floating dtype.
-        log_poles_DN, residues_DN: both real or both complex, float32 or wider.
-    """
-    starts_BT = shard.start_mask(u_BTD.device)
-    y_BTD, state_BDN = modal_convolution(u_BTD, log_poles_DN, residues_DN, skip=skip_D, document_starts=starts_BT)
-    if shard.size == 1:
-        return lambda: y_BTD
-    pending = begin_prefix_state(Constant(log_poles_DN, shard.reset_mask(u_BTD.device)), state_BDN, shard)
-
-    def finish() -> Tensor:
-        entering_BDN = pending.wait()
-        length = u_BTD.shape[1]
-        return y_BTD + modal_readout(entering_BDN, log_poles_DN, residues_DN, length, document_starts=starts_BT)
-
-    return finish
-
-
-def modal_mixing(
-    u_BTD: Tensor, log_poles_DN: Tensor, residues_DN: Tensor, skip_D: Tensor | None, shard: SequenceShard
-) -> Tensor:
-    """`begin_modal_mixing`, finished at once."""
-    return begin_modal_mixing(u_BTD, log_poles_DN, residues_DN, skip_D, shard)()
+from ...parallel import Constant, SequenceShard, prefix_state
 
 
 def modal_prefill(

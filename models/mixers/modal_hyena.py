@@ -17,11 +17,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...parallel import SequenceShard
+from ...parallel import ModalFilter, SequenceShard, convolve
 from ..parameters import at_least_float32, normal
 from .base import LayerPlace
 from .gated_convolution import GatedConvolution, GatedConvolutionOptions
-from .modal import as_complex, complex_dtype, modal_flops, modal_mixing, modal_prefill, modal_step
+from .modal import as_complex, complex_dtype, modal_flops, modal_prefill, modal_step
 
 
 class ModalHyenaOptions(GatedConvolutionOptions):
@@ -62,7 +62,8 @@ class ModalHyena(GatedConvolution):
         return log_poles_DN, as_complex(at_least_float32(self.residues)), at_least_float32(self.D)
 
     def convolution(self, u_BTD: Tensor, shard: SequenceShard) -> Tensor:
-        return modal_mixing(u_BTD, *self.modes(), shard)
+        log_poles_DN, residues_DN, skip_D = self.modes()
+        return convolve(u_BTD, ModalFilter(log_poles_DN, residues_DN), shard, skip=skip_D)
 
     def convolution_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.zeros(batch, *self.poles.shape[:2], device=device, dtype=complex_dtype(dtype))

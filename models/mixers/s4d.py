@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ...parallel import SequenceShard
+from ...parallel import ModalFilter, SequenceShard, convolve
 from ..parameters import Initialiser, Linear, ParameterModule, at_least_float32, fan_in_uniform, normal
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
 from .hippo import legs_modes
-from .modal import as_complex, complex_dtype, modal_flops, modal_mixing, modal_step
+from .modal import as_complex, complex_dtype, modal_flops, modal_step
 
 Discretisation = Literal["zoh", "bilinear"]
 
@@ -117,7 +117,7 @@ class S4D(Mixer):
         self.out_proj = Linear(place.width, 2 * place.width, fan_in_uniform(), bias=True)
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
-        y_BTD = modal_mixing(x_BTD, *self.ssm.discrete(), at_least_float32(self.D), shard)
+        y_BTD = convolve(x_BTD, ModalFilter(*self.ssm.discrete()), shard, skip=at_least_float32(self.D))
         return self.output(y_BTD.to(x_BTD.dtype))
 
     def output(self, y_BTD: Tensor) -> Tensor:

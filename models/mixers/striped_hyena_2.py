@@ -22,11 +22,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels import short_convolution
-from ...parallel import FiniteFilter, SequenceShard, convolve
+from ...parallel import FiniteFilter, ModalFilter, SequenceShard, convolve
 from ..parameters import Initialiser, at_least_float32, fan_in_uniform, normal
 from .base import LayerPlace, window_before
 from .gated_convolution import GatedConvolution, GatedConvolutionOptions
-from .modal import modal_flops, modal_mixing, modal_prefill, modal_step
+from .modal import modal_flops, modal_prefill, modal_step
 
 
 class HyenaSEOptions(GatedConvolutionOptions):
@@ -136,7 +136,8 @@ class HyenaLI(GatedConvolution):
         return -rates_DN, at_least_float32(self.residues), at_least_float32(self.D)
 
     def convolution(self, u_BTD: Tensor, shard: SequenceShard) -> Tensor:
-        return modal_mixing(u_BTD, *self.modes(), shard)
+        log_poles_DN, residues_DN, skip_D = self.modes()
+        return convolve(u_BTD, ModalFilter(log_poles_DN, residues_DN), shard, skip=skip_D)
 
     def convolution_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         state_dtype = torch.promote_types(dtype, torch.float32)

@@ -39,7 +39,7 @@ class Nodes:
         (home / ".ray").mkdir(parents=True)
         (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
         self.port, self.dashboard_port = free_port(HEAD), free_port(HEAD)
-        words = ["--head", f"--port={self.port}", "--num-cpus=0", f"--temp-dir={temporary}/ray"]
+        words = ["--head", f"--port={self.port}", "--num-cpus=0"]
         words += [f"--dashboard-host={HEAD}", f"--dashboard-port={self.dashboard_port}"]
         self._start(HEAD, words)
         wait_until(lambda: answers(HEAD, self.dashboard_port), "the dashboard answers", timeout=120)
@@ -70,7 +70,7 @@ class Nodes:
 
     def worker(self, address: str) -> psutil.Process:
         """The training worker on the node."""
-        return next(process for process in self.processes(address) if title(process).startswith("ray::Worker.train"))
+        return next(process for process in self.processes(address) if title(process).startswith("ray::Worker"))
 
     def close(self) -> None:
         """Ends everything that was started; nothing stays."""
@@ -88,7 +88,8 @@ class Nodes:
 
     def _start(self, address: str, words: list[str]) -> None:
         common = [f"--node-ip-address={address}", "--num-gpus=0", "--block", "--disable-usage-stats"]
-        common += [f"--object-store-memory={80 * 2**20}"]
+        # A directory of its own: nodes that share one replace each other's copy of a job's code.
+        common += [f"--object-store-memory={80 * 2**20}", f"--temp-dir={self.temporary}/{address.rpartition('.')[2]}"]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, **self.environment, **HURRY, "PATH": path}
         environment.pop("RAY_ADDRESS", None)

@@ -74,7 +74,7 @@ def test_a_killed_worker_is_named_and_the_run_resumed(place: Path, temporary: st
     process = start_command(*TWO, *MANY, "recovery.max_failures=0", directory=place, TMPDIR=temporary)
     run = place / "runs" / "split"
     _wait_for(lambda: len(losses(run)) >= 12, process)
-    victim = next(child for child in _descendants(process) if _title(child).startswith("ray::Worker.train"))
+    victim = next(child for child in _descendants(process) if _title(child).startswith("ray::Worker"))
     victim.kill()
     outcome = finish(process, timeout=60)
     assert outcome.code == 1
