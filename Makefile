@@ -2,6 +2,7 @@
 #
 #   make train [ARGS="train.steps=50"]    environment, then the quickstart
 #   make test  [ARGS="-k prefix"]         environment with test tools, then every test
+#   make soak                           a run that is killed thirty times, beside one that is not
 #   make lint | env | bench | constraints | clean
 #
 # Stamp files inside .venv remember what is installed, so a second call goes straight to work.
@@ -18,7 +19,7 @@ NONE_SELECTED := 5
 # One thread per process: the tests and the workers run several processes on a few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train env test test-full lint constraints bench clean
+.PHONY: help train env test test-full soak lint constraints bench clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -33,7 +34,11 @@ test: $(VENV)/.development
 	$(BIN)/python -m pytest -m "not slow and ray" $(ARGS) || [ $$? -eq $(NONE_SELECTED) ]
 
 test-full: $(VENV)/.development
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --ignore tests/soak $(ARGS)
+
+# Kills at random moments, for a quarter of an hour or more; prints a table.
+soak: $(VENV)/.development
+	$(BIN)/python -m pytest tests/soak $(ARGS)
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .

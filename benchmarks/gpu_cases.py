@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longstride import kernels
-from longstride.kernels import gated_linear_attention, modal_convolution, state_space_dual
+from longstride.kernels.gated_linear_attention import gated_linear_attention
+from longstride.kernels.modal_convolution import modal_convolution
+from longstride.kernels.state_space_dual import state_space_dual
 
 from .measuring import Case
 
@@ -60,7 +62,7 @@ def _dual_inputs(batch: int, length: int, heads: int, width: int, states: int) -
 
 
 def _mamba_dual(**sizes: int) -> Case:
-    """mamba-ssm's Triton path, told the same decays: step size one half of ours, rate -1."""
+    """mamba-ssm's Triton path, told the same decays: rate -1, and a step size of minus our log decay."""
     peer = _peer("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
     x, decay, B, C = _dual_inputs(**sizes)
     rate = -torch.ones(x.shape[2], device="cuda")
@@ -179,15 +181,15 @@ def _pair(function: Callable[..., Any], tokens: int, width: int) -> Case:
 
 
 def _dual(**sizes: int) -> Case:
-    return _dual_inputs(**sizes), lambda *inputs: state_space_dual.state_space_dual(*inputs)[0]
+    return _dual_inputs(**sizes), lambda *inputs: state_space_dual(*inputs)[0]
 
 
 def _gated(**sizes: int) -> Case:
-    return _gated_inputs(**sizes), lambda *inputs: gated_linear_attention.gated_linear_attention(*inputs)[0]
+    return _gated_inputs(**sizes), lambda *inputs: gated_linear_attention(*inputs)[0]
 
 
 def _modal(**sizes: int) -> Case:
-    return _modal_inputs(**sizes), lambda *inputs: modal_convolution.modal_convolution(*inputs)[0]
+    return _modal_inputs(**sizes), lambda *inputs: modal_convolution(*inputs)[0]
 
 
 CASES: dict[str, Callable[..., Case]] = {

@@ -1,6 +1,6 @@
 """Every kernel on the CPU beside what one would use instead: forward and backward, time and peak memory, in one run.
 
-    python -m benchmarks.kernels_cpu                    all of it, about ten minutes on two cores
+    python -m benchmarks.kernels_cpu                    all of it, about ten minutes on two idle cores
     python -m benchmarks.kernels_cpu --only scan,long   some groups
     python -m benchmarks.kernels_cpu --longest 65536    without the lengths beyond
 
@@ -145,6 +145,7 @@ def main() -> None:
             measure("benchmarks.cpu_cases", group, name, sizes, threads=options.threads, repeats=repeats, small=small)
         )
         print(table(rows[-1:], {}).splitlines()[-1], flush=True)
+        save(options.json, rows, where)  # what was measured stays if the run is cut short
     print(f"\n{where['processor']}, {options.threads} threads, torch {where['torch']}, forward and backward, float32")
     print(table(rows, BASELINE))
     claims = check(rows)

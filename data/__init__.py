@@ -5,27 +5,36 @@ Knows nothing of torch.distributed: it is told which rank of how many it serves.
 
 from .config import DataConfig
 from .corpus import SPLITS, Corpus, CorpusError
-from .loader import Batch, SequenceLoader, ValidationSet
+from .loader import Batch, BatchLoader, HeldOut, SequenceLoader, ValidationSet
 from .mixture import Mixture
 from .preparation import Prepared, Progress, prepare
 from .shards import ShardedCorpus
 from .subwords import SubwordTokenizer
+from .task_loader import TaskLoader, TaskValidation
+from .tasks import TASKS, Task, TasksConfig
 from .tokenizers import ByteTokenizer, DnaTokenizer, Tokenizer
 
 __all__ = [
     "SPLITS",
+    "TASKS",
     "Batch",
+    "BatchLoader",
     "ByteTokenizer",
     "Corpus",
     "CorpusError",
     "DataConfig",
     "DnaTokenizer",
+    "HeldOut",
     "Mixture",
     "Prepared",
     "Progress",
     "SequenceLoader",
     "ShardedCorpus",
     "SubwordTokenizer",
+    "Task",
+    "TaskLoader",
+    "TaskValidation",
+    "TasksConfig",
     "Tokenizer",
     "ValidationSet",
     "prepare",

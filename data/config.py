@@ -1,11 +1,25 @@
 """The `data` section of an experiment."""
 
-from typing import Literal
+from typing import Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from .corpus import Corpus
-from .loader import SequenceLoader, ValidationSet
+from .loader import BatchLoader, HeldOut, SequenceLoader, ValidationSet
+from .task_loader import TaskLoader, TaskValidation
+from .tasks import TASKS, Task, TasksConfig
+
+
+class _Place(TypedDict):
+    data_rank: int
+    data_size: int
+    bounds: tuple[int, int] | None
+
+
+class _Reading(TypedDict):
+    seed: int
+    start_step: int
+    prefetch: int
 
 
 class DataConfig(BaseModel):
@@ -14,7 +28,8 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     corpus: str | dict[str, float] = Field(
-        "python-source", description="an embedded corpus, the path or URL of a prepared one, or {corpus: weight, ...}"
+        "python-source",
+        description="an embedded corpus, a task, the path or URL of a prepared corpus, or {corpus: weight, ...}",
     )
     context: int = Field(8192, gt=0, description="tokens of a sequence")
     batch: int = Field(1, gt=0, description="sequences of one step, over all workers")
@@ -23,10 +38,13 @@ class DataConfig(BaseModel):
     on_bad_shard: Literal["stop", "skip"] = Field(
         "stop", description="what to do about a bad shard found by that check"
     )
+    tasks: TasksConfig = Field(default_factory=TasksConfig, description="options of the synthetic tasks")
     prefetch: int = Field(2, ge=0, description="batches read ahead in the background")
 
     def open(self) -> Corpus:
         """The corpus. CorpusError (a ValueError): it is unknown or cannot be read."""
+        if isinstance(self.corpus, str) and self.corpus in TASKS:
+            return self.tasks.open(self.corpus, self.context)
         return Corpus.open(self.corpus, verify=self.verify, on_bad_shard=self.on_bad_shard)
 
     def training(
@@ -38,19 +56,13 @@ class DataConfig(BaseModel):
         data_size: int = 1,
         bounds: tuple[int, int] | None = None,
         start_step: int = 0,
-    ) -> SequenceLoader:
+    ) -> BatchLoader:
         """The training loader of one process; see `SequenceLoader`."""
-        return SequenceLoader(
-            corpus,
-            self.context,
-            self.batch,
-            seed=seed,
-            data_rank=data_rank,
-            data_size=data_size,
-            bounds=bounds,
-            start_step=start_step,
-            prefetch=self.prefetch,
-        )
+        place: _Place = {"data_rank": data_rank, "data_size": data_size, "bounds": bounds}
+        reading: _Reading = {"seed": seed, "start_step": start_step, "prefetch": self.prefetch}
+        if isinstance(corpus, Task):
+            return TaskLoader(corpus, self.batch, **reading, **place)
+        return SequenceLoader(corpus, self.context, self.batch, **reading, **place)
 
     def validation(
         self,
@@ -59,14 +71,9 @@ class DataConfig(BaseModel):
         data_rank: int = 0,
         data_size: int = 1,
         bounds: tuple[int, int] | None = None,
-    ) -> ValidationSet:
+    ) -> HeldOut:
         """The held-out batches of one process; see `ValidationSet`."""
-        return ValidationSet(
-            corpus,
-            self.context,
-            self.batch,
-            sequences=self.validation_sequences,
-            data_rank=data_rank,
-            data_size=data_size,
-            bounds=bounds,
-        )
+        place: _Place = {"data_rank": data_rank, "data_size": data_size, "bounds": bounds}
+        if isinstance(corpus, Task):
+            return TaskValidation(corpus, self.batch, sequences=self.validation_sequences, **place)
+        return ValidationSet(corpus, self.context, self.batch, sequences=self.validation_sequences, **place)

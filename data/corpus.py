@@ -91,6 +91,7 @@ class Corpus(ABC):
         from .embedded import EMBEDDED  # the implementations import this module
         from .mixture import open_mixture
         from .shards import ShardedCorpus
+        from .tasks import TASKS
 
         if not isinstance(source, str):
             return open_mixture(source, verify=verify, on_bad_shard=on_bad_shard)
@@ -98,10 +99,12 @@ class Corpus(ABC):
             return EMBEDDED[source]()
         if "/" in source or Path(source).exists():
             return ShardedCorpus(source, verify=verify, on_bad_shard=on_bad_shard)
-        near = difflib.get_close_matches(source, EMBEDDED, n=1, cutoff=0.4)
+        if source in TASKS:
+            raise CorpusError(f"{source!r} is a task and no text to mix: name it alone, as data.corpus={source}")
+        near = difflib.get_close_matches(source, [*EMBEDDED, *TASKS], n=1, cutoff=0.4)
         hint = (
             f"did you mean {near[0]!r}?"
             if near
-            else f"take {', '.join(sorted(EMBEDDED))}, or the path of a prepared corpus"
+            else f"take {', '.join(sorted([*EMBEDDED, *TASKS]))}, or the path of a prepared corpus"
         )
         raise CorpusError(f"unknown corpus {source!r}: {hint}")

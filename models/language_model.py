@@ -21,6 +21,8 @@ from .parameters import Embedding, Linear, make_norm, normal, orthogonal
 
 IGNORED = -100
 """Targets with this value count nowhere."""
+SCORED_AT_ONCE = 1024
+"""Tokens whose logits are held at a time."""
 
 
 class Losses(NamedTuple):
@@ -36,6 +38,14 @@ class Losses(NamedTuple):
     total: Tensor
     cross_entropy: Tensor
     routers: Tensor
+
+
+class Scores(NamedTuple):
+    """Of each of this shard's tokens, (B, T): `loss_BT`, nats, 0 where nothing is asked for; `correct_BT`, whether the
+    likeliest token is the target."""
+
+    loss_BT: Tensor
+    correct_BT: Tensor
 
 
 class LanguageModel(nn.Module):
@@ -82,6 +92,18 @@ class LanguageModel(nn.Module):
         """Scores (B, T, V) of the next token after each of this shard's tokens."""
         hidden_BTD, _ = self._hidden(tokens_BT, self._shard(tokens_BT, shard))
         return F.linear(hidden_BTD, self.output_weight)
+
+    def scores(self, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard | None = None) -> Scores:
+        """How well each target is foretold; arguments and errors as of `forward`. The logits are never whole."""
+        hidden_BTD, _ = self._hidden(tokens_BT, self._shard(tokens_BT, shard))
+        targets_N = targets_BT.flatten()
+        loss_N = hidden_BTD.new_zeros(targets_N.shape, dtype=torch.float64)
+        correct_N = torch.zeros_like(targets_N, dtype=torch.bool)
+        for places in (targets_N != IGNORED).nonzero()[:, 0].split(SCORED_AT_ONCE):
+            logits_CV = F.linear(hidden_BTD.flatten(0, 1)[places], self.output_weight)
+            loss_N[places] = F.cross_entropy(logits_CV.double(), targets_N[places], reduction="none")
+            correct_N[places] = logits_CV.argmax(-1) == targets_N[places]
+        return Scores(loss_N.view_as(targets_BT), correct_N.view_as(targets_BT))
 
     def init_state(self, batch: int) -> list[BlockState]:
         """The decoding state before the first token of `batch` sequences."""

@@ -181,8 +181,8 @@ COMMANDS = (
     ),
     Command(
         "evaluate",
-        "measure the loss on held-out sequences",
-        "longstride evaluate runs/quickstart-20261122-101500 data.context=32768",
+        "measure loss and accuracy on held-out sequences, of several lengths if asked",
+        "longstride evaluate runs/quickstart-20261122-101500 'evaluate.lengths=[1024, 32768]'",
         _add_evaluate,
     ),
     Command("runs", "list runs: state, step, loss, context", "longstride runs --directory runs", _add_runs),

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from ..data import Corpus
 from ..workers import Experiment, RunDirectory, find_run, list_runs
 from ..workers.configuration import validate
-from ..workers.evaluate import evaluate as measure
 from ..workers.evaluate import load_run
 from ..workers.generate import SampleConfig, continuation, prompt_tokens
 from ..workers.manifest import list_checkpoints
 from ..workers.metrics import StepRecord, read_records
+from .evaluation import evaluate
 from .job_commands import logs, prepare, status, stop, submit
 from .launch import go_on, start
 from .tables import amount_of_bytes, columns
@@ -60,20 +60,6 @@ def generate(arguments: Namespace) -> int:
     for text in _pieces(trained.corpus, continuation(trained.model, prompt, config)):
         print(text, end="", flush=True)
     print()
-    return 0
-
-
-def evaluate(arguments: Namespace) -> int:
-    run = find_run(arguments.run)
-    experiment = Experiment.resume(run, _checked(arguments.overrides))
-    trained = load_run(run, experiment)
-    _note(trained.notes)
-    result = measure(trained, experiment, _progress)
-    print(f"step               {result.step}")
-    print(f"held-out tokens    {result.tokens:,} in {result.sequences} sequences of {result.context:,}")
-    print(f"loss               {result.loss:.4f} nats per token")
-    print(f"                   {result.bits:.4f} bits per token")
-    print(f"perplexity         {result.perplexity:.3f}")
     return 0
 
 
@@ -159,11 +145,6 @@ def _checked(overrides: list[str]) -> list[str]:
         if "=" not in word:
             raise ValueError(f"{word!r} is not a setting: write key=value, such as train.steps=100")
     return overrides
-
-
-def _progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done}/{total} batches" + ("\r\033[K" if done == total else ""), end="", file=sys.stderr, flush=True)
 
 
 def _note(notes: list[str]) -> None:

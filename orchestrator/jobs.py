@@ -13,13 +13,14 @@ import os
 import shlex
 import tempfile
 import time
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import requests
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -46,8 +47,7 @@ class Jobs:
         self.address = check_address(address)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         with self._explained():
-            # Ray's client waits minutes for a host that does not answer.
-            requests.head(self.address, timeout=REACH_SECONDS)
+            self._reach()
             self._client = JobSubmissionClient(self.address)
         logging.getLogger("ray").setLevel(logging.ERROR)  # which the client has just set to tell of its uploads
 
@@ -119,6 +119,11 @@ class Jobs:
                 raise ValueError(f"job {other} is working on run {run}: stop it first, or choose another run.name")
         return next(name for number in range(1, len(taken) + 2) if (name := f"{run}.{number}") not in taken)
 
+    def _reach(self) -> None:
+        """OSError when nobody answers; Ray's own client would wait for minutes."""
+        with contextlib.suppress(urllib.error.HTTPError):  # somebody answers, and says no
+            urllib.request.urlopen(self.address, timeout=REACH_SECONDS).close()
+
     @contextlib.contextmanager
     def _explained(self, job: str = "") -> Iterator[None]:
         """Turns what goes wrong between here and the cluster into one line that says what to do."""
@@ -129,7 +134,11 @@ class Jobs:
                 f"the cluster at {self.address} refuses our token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
                 "RAY_AUTH_TOKEN_PATH) to the cluster's own"
             ) from None
-        except (requests.RequestException, ConnectionError) as error:
+        except OSError as error:
+            if getattr(error, "response", None) is not None:
+                raise ValueError(
+                    f"{self.address} does not answer as a Ray dashboard: {one_line(error)[:200]}"
+                ) from error
             raise ValueError(f"no Ray dashboard answers at {self.address}: {_reason(error)}") from error
         except RuntimeError as error:
             text = one_line(error)

@@ -42,7 +42,8 @@ def fit(experiment: Experiment, devices: int) -> Experiment | None:
         return experiment
     if devices < 1:
         return None
-    sequence = _largest_divisor(experiment.data.context, min(wanted.sequence, devices))
+    parts = experiment.train.canonical or experiment.data.context
+    sequence = _largest_divisor(parts, min(wanted.sequence, devices))
     copies = _largest_divisor(experiment.data.batch, min(wanted.replicate * wanted.data, devices // sequence))
     # Parameters stay spread over at least as many processes as they can: whole copies of them go first.
     kept = min(wanted.data, copies)

@@ -130,7 +130,8 @@ class Supervisor:
     def _missing(self, nodes: list[Node], device: Device) -> str:
         workers, kind = self.prepared.experiment.workers, RESOURCE[device]
         free, there = sum(node.slots for node in nodes), sum(node.capacity for node in nodes)
-        return f"workers={workers} want a {kind} each; {free} of {there} {kind}s on {len(nodes)} nodes are free"
+        where = f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}"
+        return f"workers={workers} want a {kind} each; {free} of {there} {kind}s on {where} are free"
 
     def _announce(self, placement: Placement, experiment: Experiment) -> None:
         if not self.cluster.local:

@@ -59,7 +59,8 @@ class Worker:
         """
         rank = assignment.rank
         try:
-            if interface := _interface(ray.util.get_node_ip_address()):
+            alone = assignment.neighbours == assignment.world_size
+            if interface := _interface("127.0.0.1" if alone else ray.util.get_node_ip_address()):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
                 os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
             return train_process(

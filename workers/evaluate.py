@@ -1,20 +1,23 @@
-"""What a trained run is worth: its weights on one process, and their loss on held-out data."""
+"""What a trained run is worth: its weights, and how well they foretell held-out data."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 from ..data import Corpus
 from ..models import LanguageModel, build_model
-from ..parallel import SequenceShard
-from .checkpoint import load_weights
+from ..parallel import Mesh
+from .checkpoint import Checkpointer, load_weights
+from .configuration import ConfigError
 from .experiment import Experiment
 from .manifest import newest_whole
+from .process_group import process_group
 from .run_directory import RunDirectory
+from .scoring import LengthScore, at_length, score_length
+from .trainer import make_sharded_model
 
 
 @dataclass(frozen=True)
@@ -30,22 +33,11 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss in nats per token, over `tokens` targets of `sequences` sequences of `context` tokens."""
+    """Scores of the weights after `step`, one a length. `notes`: as of `TrainedModel`."""
 
     step: int
-    loss: float
-    sequences: int
-    tokens: int
-    context: int
-
-    @property
-    def bits(self) -> float:
-        """The loss in bits per token."""
-        return self.loss / math.log(2)
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss)
+    scores: list[LengthScore]
+    notes: list[str]
 
 
 def load_run(run: RunDirectory, experiment: Experiment, device: str = "cpu") -> TrainedModel:
@@ -59,20 +51,61 @@ def load_run(run: RunDirectory, experiment: Experiment, device: str = "cpu") -> 
     return TrainedModel(model.eval(), experiment.open_corpus(), manifest.step, manifest.tokens, rejected)
 
 
-@torch.inference_mode()
 def evaluate(
-    trained: TrainedModel, experiment: Experiment, progress: Callable[[int, int], None] = lambda done, total: None
+    experiment: Experiment,
+    run: RunDirectory,
+    rank: int = 0,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Cross-entropy of the run's validation sequences, as training measures it; `progress(done, batches)` is told."""
-    batches = experiment.data.validation(trained.corpus)
-    device = trained.model.output_weight.device
-    total, count = 0.0, 0
-    for done, batch in enumerate(batches):
-        progress(done, len(batches))
-        shard = SequenceShard.whole(experiment.data.context, batch.document_starts)
-        losses = trained.model(batch.tokens_BT.to(device), batch.targets_BT.to(device), shard)
-        total += float(losses.cross_entropy) * batch.num_targets
-        count += batch.num_targets
-    progress(len(batches), len(batches))
-    loss = total / max(1, count)
-    return Evaluation(trained.step, loss, batches.num_sequences, count, experiment.data.context)
+    """Scores the run's newest whole checkpoint on held-out data, of `evaluate.lengths` or as training validates.
+
+    With several workers every process calls this with its rank; they meet as torchrun's environment says, hold their
+    shards of the parameters, and come to the same result.
+
+    Args:
+        device: "cpu" or "cuda"; a GPU where there is one by default. threads: as of `train_process`.
+        progress: told (batches done, batches in all) of each length.
+
+    Raises ValueError: there is no whole checkpoint, or lengths for which there is no model or no data.
+    """
+    if problem := too_long(experiment):
+        raise ConfigError(problem)
+    if experiment.workers == 1:
+        name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        trained = load_run(run, experiment, name)
+        scores = _scores(trained.model, trained.corpus, experiment, None, progress)
+        return Evaluation(trained.step, scores, trained.notes)
+    with process_group(rank, experiment.workers, None, device, threads) as own_device:
+        mesh = Mesh(**asdict(experiment.degrees), device=own_device, strategies=experiment.parallel.strategies)
+        model = make_sharded_model(experiment, mesh).eval()
+        checkpointer = Checkpointer(run, experiment.checkpoint, model)
+        checkpoint, manifest, rejected = checkpointer.latest()
+        checkpointer.load(checkpoint, manifest)
+        scores = _scores(model, experiment.open_corpus(), experiment, mesh, progress)
+        return Evaluation(manifest.step, scores, rejected)
+
+
+def too_long(experiment: Experiment) -> str | None:
+    """The line for a length that the model is not defined for; None when all are."""
+    longest = build_model(experiment.model, device="meta").max_length
+    key, lengths = "evaluate.lengths", experiment.evaluate.lengths
+    if not lengths:
+        key, lengths = "data.context", (experiment.data.context,)
+    if longest is None or max(lengths) <= longest:
+        return None
+    return f"{key}: {max(lengths)} exceeds the {longest} positions of the model"
+
+
+def _scores(
+    model: LanguageModel,
+    corpus: Corpus,
+    experiment: Experiment,
+    mesh: Mesh | None,
+    progress: Callable[[int, int], None],
+) -> list[LengthScore]:
+    config, copies = experiment.evaluate, mesh.data_size if mesh else 1
+    data = [at_length(experiment.data, config, length, copies) for length in config.lengths] or [experiment.data]
+    return [score_length(model, each, corpus, mesh, progress) for each in data]

@@ -11,6 +11,7 @@ checkpoint: {every: 200}
 recovery: {max_failures: 3, bad_loss: rollback}
 tracking: {uri: null}
 sample: {prompt: "def "}
+evaluate: {lengths: [1024, 8192]}
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .generate import SampleConfig
 from .optimization import TrainConfig
 from .recovery import RecoveryConfig
 from .run_directory import RunConfig, RunDirectory
+from .scoring import EvaluateConfig
 from .storage import Storage
 from .tracking import TrackingConfig
 
@@ -61,6 +63,7 @@ class Experiment(Settings):
     recovery: RecoveryConfig = RecoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
     sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @classmethod
     def load(cls, path: str, overrides: Sequence[str] = ()) -> Experiment:

@@ -330,7 +330,14 @@ def make_sharded_model(experiment: Experiment, mesh: Mesh) -> LanguageModel:
     """The experiment's model with its initial values, sharded. No process ever holds all of it."""
     train = experiment.train
     model = build_model(experiment.model, dtype=train.parameter_dtype, device="meta")
-    shard_model(model, mesh, blocks=list(model.blocks), experts=model.expert_modules(), param_dtype=train.compute_dtype)
+    shard_model(
+        model,
+        mesh,
+        blocks=list(model.blocks),
+        experts=model.expert_modules(),
+        param_dtype=train.compute_dtype,
+        forward_methods=("loss", "logits", "scores"),
+    )
     model.to_empty(device=mesh.device)
     initialise(model, experiment.seed)
     return model

@@ -41,8 +41,8 @@ def _advance(a_D, b_D, p_D, k_D, v_D, decay_D):
 
 @triton.jit
 def wkv4_kernel(
-    k, v, log_decay, bonus, starts, initial, checkpoints, y, final, length, channels, k_strides, v_strides, starts_stride,
-    D_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    k, v, log_decay, bonus, starts, initial, checkpoints, y, final, length, channels,
+    k_strides, v_strides, starts_stride, D_BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Outputs, the state before every TILE tokens, and the last one."""
     d = tl.program_id(0) * D_BLOCK + tl.arange(0, D_BLOCK)
@@ -85,7 +85,8 @@ def wkv4_kernel(
 
 @triton.jit
 def wkv4_gradient_kernel(
-    k, v, log_decay, bonus, starts, checkpoints, grad_y, grad_final, grad_k, grad_v, grad_decay, grad_bonus, grad_initial,
+    k, v, log_decay, bonus, starts, checkpoints, grad_y, grad_final,
+    grad_k, grad_v, grad_decay, grad_bonus, grad_initial,
     length, channels, k_strides, v_strides, grad_strides, starts_stride, D_BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """All gradients at constant exponents; those of decay and bonus summed over the sequence's tokens."""
@@ -135,7 +136,8 @@ def wkv4_gradient_kernel(
                 y_D = (past_D * a_D + now_D * v_D) / below_D
                 grad_above_D = dy_D / below_D
                 grad_below_D = -grad_above_D * y_D
-                grad_own_D = now_D * (v_D * grad_above_D + grad_below_D)
+                # now (v - y), written so that nothing cancels where the token outweighs the past
+                grad_own_D = now_D * past_D * (b_D * v_D - a_D) / below_D * grad_above_D
                 sum_bonus_D += grad_own_D
                 sum_decay_D += kept_D * (a_D * alpha_D + b_D * beta_D)
                 grad_k_D = grad_own_D + new_D * (v_D * alpha_D + beta_D)
@@ -226,7 +228,7 @@ def _to_the_key_that_set_it(
 
     The last exponent is the largest of all keys of the last document, and of the initial one, each with its decay.
     """
-    batch, length, _ = k_BTD.shape
+    length = k_BTD.shape[1]
     age_T1 = torch.arange(length - 1, -1, -1, device=k_BTD.device, dtype=log_decay_D.dtype).unsqueeze(1)
     score_BTD = k_BTD + age_T1 * log_decay_D
     first_BD = initial_BD + length * log_decay_D

@@ -49,6 +49,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "no cluster at the address": ((*TRAIN, "--address", "127.0.0.1:1"), ("127.0.0.1:1", "refused")),
     "no address": ((*TRAIN, "--address", "nowhere"), ("nowhere", "host:port")),
+    "no dashboard at the address": (("status", "--address", "http://127.0.0.1:1"), ("http://127.0.0.1:1", "refused")),
+    "a dashboard without http": (("logs", "a.1", "--address", "127.0.0.1:8265"), ("127.0.0.1:8265", "http://")),
+    "a dashboard's address with a password": (
+        ("stop", "a.1", "--address", "http://me:secret@127.0.0.1:8265"),
+        ("credentials", "RAY_AUTH_TOKEN"),
+    ),
+    "submit without an address": (("submit", "small.yaml"), ("--address",)),
+    "prepare nothing": (("prepare", "*.nothing", "out"), ("*.nothing",)),
     "an address of Ray Client": ((*TRAIN, "--address", "ray://head:10001"), ("ray://head:10001", "host:port")),
 }
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ import pytest
 from longstride.orchestrator.cli import main
 
 from .commands import finish, losses, run_command, start_command
+from .nodes import answers, free_port
 
 pytestmark = pytest.mark.ray
 
@@ -51,7 +50,7 @@ def test_two_workers_agree_with_one(place: Path, temporary: str, capsys: pytest.
 
 def test_a_cluster_that_is_there_is_joined_and_its_size_respected(place: Path, temporary: str) -> None:
     """A head started by hand, with its token in the user's home, keeps running after the command."""
-    address = f"127.0.0.2:{_free_port('127.0.0.2')}"
+    address = f"127.0.0.2:{free_port('127.0.0.2')}"
     with _head(address, place, temporary) as head:
         words = ("--address", address)
         outcome = run_command(*TWO, "train.steps=3", *words, directory=place, TMPDIR=temporary)
@@ -68,29 +67,6 @@ def test_a_cluster_that_is_there_is_joined_and_its_size_respected(place: Path, t
         assert outcome.code == 2
         assert "RAY_AUTH_TOKEN" in outcome.stderr.splitlines()[-1]
         assert head.poll() is None
-
-
-def test_a_killed_worker_is_named_and_the_run_resumed(place: Path, temporary: str) -> None:
-    process = start_command(*TWO, *MANY, "recovery.max_failures=0", directory=place, TMPDIR=temporary)
-    run = place / "runs" / "split"
-    _wait_for(lambda: len(losses(run)) >= 12, process)
-    victim = next(child for child in _descendants(process) if _title(child).startswith("ray::Worker"))
-    victim.kill()
-    outcome = finish(process, timeout=60)
-    assert outcome.code == 1
-    cause, *advice = outcome.stderr.splitlines()
-    assert re.fullmatch(rf"longstride: worker [01] \(process {victim.pid} on .*\) died: .*", cause)
-    resume = re.search(r"longstride resume (\S+)   \(from step (\d+)\)", advice[-1])
-    assert resume, outcome.stderr
-
-    before = losses(run)
-    steps = int(resume[2]) + 10
-    outcome = run_command("resume", resume[1], f"train.steps={steps}", "checkpoint.every=0", directory=place)
-    assert outcome.code == 0, outcome.stderr
-    after = losses(run)
-    common = min(len(before), int(resume[2]))
-    assert after[:common] == before[:common]
-    assert len(after) == steps
 
 
 def test_an_interrupt_writes_a_checkpoint_and_leaves_no_process(place: Path, temporary: str) -> None:
@@ -123,22 +99,11 @@ def _head(address: str, home: Path, temporary: str) -> Iterator[subprocess.Popen
         [ray, "start", *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     )
     try:
-        _wait_for(lambda: _answers(host, int(port)), head)
+        _wait_for(lambda: answers(host, int(port)), head)
         yield head
     finally:
         head.terminate()
         head.wait(30)
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as server:
-        return server.getsockname()[1]
-
-
-def _answers(host: str, port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
-        return True
-    return False
 
 
 def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], timeout: float = 90) -> None:
@@ -151,11 +116,3 @@ def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], tim
 
 def _descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
-
-
-def _title(process: psutil.Process) -> str:
-    """The process's command line, which Ray sets to the actor's name; empty when it has just ended."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""

@@ -93,9 +93,8 @@ def soak(directory: Path, kills: int, steps: int, seed: int) -> Outcome:
     settings = (*SETTINGS, f"train.steps={steps}")
     outcome.undisturbed_seconds = undisturbed(directory, settings)
 
-    temporary = tempfile.mkdtemp(prefix="ls", dir="/tmp")
     began = time.monotonic()
-    process = start_command("train", "small.yaml", *settings, "run.name=killed", directory=directory, TMPDIR=temporary)
+    process = start_command("train", "small.yaml", *settings, "run.name=killed", directory=directory)
     run = directory / "runs" / "killed"
     try:
         for number in range(kills):

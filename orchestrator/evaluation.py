@@ -1,0 +1,90 @@
+"""`longstride evaluate`: how well a run's newest weights foretell held-out data."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+
+from ..data import TASKS
+from ..workers import Experiment, find_run
+from ..workers.configuration import ConfigError
+from ..workers.evaluate import Evaluation
+from ..workers.evaluate import evaluate as measure
+from ..workers.scoring import LengthScore
+from . import launcher
+from .failures import EchoOfMistake, is_mistake
+from .tables import columns
+
+# However the run was trained: its sequences are split over the processes that there are now, which may be one.
+_HERE = ("parallel.replicate=1", "parallel.data=1", "parallel.expert=auto", "train.canonical=0")
+
+
+def evaluate(arguments: Namespace) -> int:
+    """Every process of a launcher comes here; the first one speaks."""
+    first = launcher.rank() == 0
+    try:
+        run = find_run(arguments.run)
+        experiment = Experiment.resume(run, _overrides(arguments.overrides))
+        result = measure(experiment, run, launcher.rank(), progress=_progress if first else _silent)
+    except Exception as error:
+        if not first and is_mistake(error):
+            raise EchoOfMistake from None
+        raise
+    if first:
+        _report(result, experiment)
+    return 0
+
+
+def _overrides(asked: list[str]) -> list[str]:
+    """The settings that fit this process and its fellows, with what was asked for over them."""
+    if launcher.present():
+        words = launcher.with_workers(asked)
+        workers = int(words[-1].partition("=")[2])
+    else:
+        words, workers = [*asked, "workers=1"], 1
+        others = [word for word in asked if word.startswith("workers=") and word != "workers=1"]
+        if others:
+            number = others[-1].partition("=")[2]
+            raise ConfigError(
+                f"{others[-1]}: start so many processes with `torchrun --nproc-per-node {number} -m "
+                "longstride.orchestrator evaluate ...`"
+            )
+    return [*_HERE, f"parallel.sequence={workers}", *words]
+
+
+def _report(result: Evaluation, experiment: Experiment) -> None:
+    for line in result.notes:
+        print(f"note: {line}", file=sys.stderr)
+    print(f"step               {result.step}")
+    task = experiment.data.corpus in TASKS if isinstance(experiment.data.corpus, str) else False
+    if len(result.scores) > 1:
+        header = ("LENGTH", "SEQUENCES", "TARGETS", "CORRECT", "ACCURACY", "LOSS", "PERPLEXITY")
+        print(columns(header, [_row(score) for score in result.scores]))
+    else:
+        _report_one(result.scores[0])
+    if not task:
+        longest = max(result.scores, key=lambda score: score.context)
+        rows = [(f"{each.start:,}-{each.stop - 1:,}", f"{each.loss:.4f}") for each in longest.stretches]
+        print(columns((f"POSITION OF {longest.context:,}", "LOSS"), rows))
+
+
+def _row(score: LengthScore) -> tuple[str, ...]:
+    counts = (f"{score.context:,}", f"{score.sequences}", f"{score.tokens:,}", f"{score.correct:,}")
+    return (*counts, f"{score.accuracy:.2%}", f"{score.loss:.4f}", f"{score.perplexity:.3f}")
+
+
+def _report_one(score: LengthScore) -> None:
+    print(f"held-out tokens    {score.tokens:,} in {score.sequences} sequences of {score.context:,}")
+    print(f"loss               {score.loss:.4f} nats per token")
+    print(f"                   {score.bits:.4f} bits per token")
+    print(f"perplexity         {score.perplexity:.3f}")
+    print(f"accuracy           {score.accuracy:.2%} ({score.correct:,} of {score.tokens:,} targets)")
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total} batches" + ("\r\033[K" if done == total else ""), end="", file=sys.stderr, flush=True)
+
+
+def _silent(done: int, total: int) -> None:
+    pass

@@ -1,0 +1,118 @@
+"""Compile every Triton kernel for an H100, with the launch configurations used there, on a machine without a GPU.
+
+    python -m tests.kernels.hopper
+
+Calls the public doors forward and backward with CPU tensors; every launch becomes a compilation to machine code for
+compute capability 9.0 and nothing runs. Prints one line a kernel: registers a thread, bytes spilled, shared memory.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from longstride import kernels
+from longstride.kernels import triton_support
+from longstride.kernels.modal_convolution import modal_convolution
+from longstride.kernels.state_space_dual import state_space_dual
+from longstride.kernels.wkv4 import wkv4
+from longstride.kernels.wkv7 import wkv7
+
+
+class _Hopper:
+    """What Triton asks a driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """In place of a launch."""
+    compiled = kernel.warmup(*args, grid=grid, **options)
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(compiled.asm["ptx"])
+        source.flush()
+        command = [str(assembler), "-v", "-arch=sm_90a", source.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    numbers = [re.search(rf"(\d+) {what}|Used (\d+) {what}", report) for what in ("registers", "bytes spill stores")]
+    registers, spilled = (next(x for x in found.groups() if x) if found else "?" for found in numbers)
+    print(
+        f"{kernel.fn.__name__:24}{registers:>5} registers{spilled:>6} bytes spilled{compiled.metadata.shared:>8} shared"
+    )
+
+
+def calls(dtype: torch.dtype) -> list[Callable[[], Any]]:
+    """Every operation at sizes of models, with documents and everything optional."""
+
+    def x(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, dtype=of).requires_grad_()
+
+    single, length = torch.float32, 512
+    starts = torch.zeros(1, length, dtype=torch.bool)
+
+    def scan(states: int) -> Any:
+        tensors = (
+            x(1, length, 64),
+            x(1, length, 64),
+            x(64, states, of=single),
+            x(1, length, states),
+            x(1, length, states),
+        )
+        options = {"D": x(64, of=single), "z_BTD": x(1, length, 64), "delta_bias": x(64, of=single)}
+        return kernels.selective_scan(*tensors, **options, delta_softplus=True, document_starts=starts)
+
+    def modal(*kind: torch.dtype) -> Any:
+        return modal_convolution(x(1, length, 64), x(64, 16, of=kind[0]), x(64, 16, of=kind[0]))
+
+    def dual(states: int) -> Any:
+        tensors = x(1, length, 8, 64), x(1, length, 8), x(1, length, 1, states), x(1, length, 1, states)
+        return state_space_dual(*tensors, document_starts=starts)
+
+    return [
+        lambda: scan(16),
+        lambda: scan(64),
+        lambda: dual(64 if dtype == single else 128),
+        lambda: modal(single),
+        lambda: modal(torch.complex64),
+        lambda: kernels.short_convolution(
+            x(1, length, 128), x(128, 4), x(128), activation="silu", document_starts=starts
+        ),
+        lambda: kernels.short_convolution(x(1, length, 128), x(128, 7), x(128)),
+        lambda: kernels.rms_norm(x(10, 4096), x(4096), gate=x(10, 4096), groups=8),
+        lambda: kernels.rms_norm(x(10, 4096), x(4096)),
+        lambda: kernels.rotary(x(1, 16, 4, 128), torch.arange(16)),
+        lambda: kernels.swiglu(x(10, 4096), x(10, 4096)),
+        lambda: wkv4(x(1, length, 64), x(1, length, 64), x(64), x(64), document_starts=starts),
+        lambda: wkv7(*(x(1, length, 2, 64) for _ in range(6)), document_starts=starts),
+    ]
+
+
+def main() -> None:
+    driver.set_active(_Hopper())  # type: ignore[arg-type]
+    triton_support.launch = compile_only
+    triton_support.takes = lambda *tensors: True
+    for dtype in (torch.bfloat16, torch.float32):
+        print(f"{dtype}, triton {triton.__version__}")
+        for call in calls(dtype):
+            outputs = call()
+            outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+
+
+if __name__ == "__main__":
+    main()
