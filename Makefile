@@ -19,7 +19,7 @@ NONE_SELECTED := 5
 # One thread per process: the tests and the workers run several processes on a few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train env test test-full soak lint constraints bench clean
+.PHONY: help train env test test-full soak lint constraints bench bench-gpu clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -50,7 +50,10 @@ constraints: $(VENV)/.development
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^torch==' > constraints.txt
 
 bench: $(VENV)/.development
-	for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+	$(BIN)/python -m benchmarks.kernels_cpu $(ARGS)
+
+bench-gpu: $(VENV)/.development
+	$(BIN)/python -m benchmarks.kernels_gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -38,7 +38,7 @@ class DataConfig(BaseModel):
     on_bad_shard: Literal["stop", "skip"] = Field(
         "stop", description="what to do about a bad shard found by that check"
     )
-    tasks: TasksConfig = Field(default_factory=TasksConfig, description="options of the synthetic tasks")
+    tasks: TasksConfig = Field(default=TasksConfig(), description="options of the synthetic tasks")
     prefetch: int = Field(2, ge=0, description="batches read ahead in the background")
 
     def open(self) -> Corpus:

@@ -37,8 +37,8 @@ class TaskOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    vocabulary: int = Field(16, ge=4)
-    examples: int = Field(0, ge=0)
+    vocabulary: int = Field(default=16, ge=4)
+    examples: int = Field(default=0, ge=0)
 
 
 class InductionHeadsOptions(TaskOptions):
@@ -50,14 +50,14 @@ class InductionHeadsOptions(TaskOptions):
 class AssociativeRecallOptions(TaskOptions):
     """`score`: as of induction heads."""
 
-    vocabulary: int = Field(20, ge=4)
+    vocabulary: int = Field(default=20, ge=4)
     score: Literal["answer", "all"] = "all"
 
 
 class SelectiveCopyingOptions(TaskOptions):
     """`tokens`: how many are to be copied."""
 
-    tokens: int = Field(16, ge=1)
+    tokens: int = Field(default=16, ge=1)
 
 
 class MqarOptions(TaskOptions):
@@ -69,9 +69,9 @@ class MqarOptions(TaskOptions):
         random_fill: random tokens between the queries instead of token 0.
     """
 
-    vocabulary: int = Field(8192, ge=4)
-    pairs: int = Field(8, ge=1)
-    power: float = Field(0.01, gt=0)
+    vocabulary: int = Field(default=8192, ge=4)
+    pairs: int = Field(default=8, ge=1)
+    power: float = Field(default=0.01, gt=0)
     random_fill: bool = False
 
 
@@ -80,10 +80,10 @@ class TasksConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    induction_heads: InductionHeadsOptions = Field(default_factory=InductionHeadsOptions)
-    selective_copying: SelectiveCopyingOptions = Field(default_factory=SelectiveCopyingOptions)
-    associative_recall: AssociativeRecallOptions = Field(default_factory=AssociativeRecallOptions)
-    mqar: MqarOptions = Field(default_factory=MqarOptions)
+    induction_heads: InductionHeadsOptions = InductionHeadsOptions()
+    selective_copying: SelectiveCopyingOptions = SelectiveCopyingOptions()
+    associative_recall: AssociativeRecallOptions = AssociativeRecallOptions()
+    mqar: MqarOptions = MqarOptions()
 
     def open(self, name: str, context: int) -> "Task":
         """The task of this name, with examples of `context` tokens. CorpusError: it has none of that length."""
@@ -136,9 +136,9 @@ class Task(Corpus, ABC):
         """An example whose targets are its answers."""
 
     @property
-    @abstractmethod
     def num_answers(self) -> int:
         """Targets of an example that `make` does not leave out."""
+        return 1
 
     @property
     def scores_all(self) -> bool:
@@ -187,7 +187,6 @@ class InductionHeads(Task):
     """
 
     name = "induction-heads"
-    num_answers = 1
 
     def __init__(self, options: InductionHeadsOptions, context: int) -> None:
         self.options = options
@@ -206,7 +205,7 @@ class InductionHeads(Task):
         tokens = np.append(draws.integers(vocabulary - _RESERVED, length - 1), trigger)
         place = draws.integer(length - 3)  # the token to copy is never the last before the end
         tokens[place] = trigger
-        return Example(tokens, _only_last(length, tokens[place + 1]))
+        return Example(tokens, _only_last(length, int(tokens[place + 1])))
 
 
 class AssociativeRecall(Task):
@@ -217,7 +216,6 @@ class AssociativeRecall(Task):
     """
 
     name = "associative-recall"
-    num_answers = 1
 
     def __init__(self, options: AssociativeRecallOptions, context: int) -> None:
         self.options = options
@@ -239,7 +237,7 @@ class AssociativeRecall(Task):
         query = present[draws.integer(len(present))]
         pairs = np.stack([keys, value_of[keys]], axis=1).ravel()
         tokens = np.append(pairs, [self.options.vocabulary - 1, query])
-        return Example(tokens, _only_last(length, value_of[query]))
+        return Example(tokens, _only_last(length, int(value_of[query])))
 
 
 class SelectiveCopying(Task):
@@ -319,7 +317,7 @@ class Mqar(Task):
 TASKS: dict[str, type[Task]] = {task.name: task for task in (InductionHeads, SelectiveCopying, AssociativeRecall, Mqar)}
 
 
-def _only_last(length: int, answer: np.integer) -> np.ndarray:
+def _only_last(length: int, answer: int) -> np.ndarray:
     targets = np.full(length, IGNORED, dtype=np.int64)
     targets[-1] = answer
     return targets

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import keyword
 import os
 import sys
 import traceback
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """One command: `name` is also its function's in `commands`; `add` declares its arguments."""
+    """One command: `name` is also its function's in `commands` (`import_` for import); `add` declares its arguments."""
 
     name: str
     summary: str
@@ -65,7 +66,9 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="what to continue; repeat it for several"
+    )
     parser.add_argument("--tokens", type=int, metavar="N", help="how many tokens to add")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token each time")
     parser.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest; 0: among all")
@@ -76,6 +79,18 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     _add_overrides(parser)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="config.json and safetensors files")
+    parser.add_argument("out", metavar="OUT", help="the run to make: a path or URL, such as runs/mamba-130m")
+    _add_overrides(parser)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("out", metavar="OUT", help="directory to write")
+    parser.add_argument("--layout", required=True, metavar="NAME", help="whose files they are to be, such as mamba")
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +200,18 @@ COMMANDS = (
         "longstride evaluate runs/quickstart-20261122-101500 'evaluate.lengths=[1024, 32768]'",
         _add_evaluate,
     ),
+    Command(
+        "import",
+        "make a run of a checkpoint in safetensors, of Hugging Face's or the original software",
+        "longstride import checkpoints/mamba-130m runs/mamba-130m",
+        _add_import,
+    ),
+    Command(
+        "export",
+        "write a run's newest weights for other software",
+        "longstride export runs/mamba-130m exported/mamba-130m --layout mamba",
+        _add_export,
+    ),
     Command("runs", "list runs: state, step, loss, context", "longstride runs --directory runs", _add_runs),
     Command(
         "checkpoints",
@@ -275,7 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from . import commands
 
-        return getattr(commands, namespace.command)(namespace)
+        name = namespace.command
+        return getattr(commands, f"{name}_" if keyword.iskeyword(name) else name)(namespace)
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 
-from ..data import Corpus
 from ..workers import Experiment, RunDirectory, find_run, list_runs
-from ..workers.configuration import validate
-from ..workers.evaluate import load_run
-from ..workers.generate import SampleConfig, continuation, prompt_tokens
 from ..workers.manifest import list_checkpoints
 from ..workers.metrics import StepRecord, read_records
 from .evaluation import evaluate
+from .generation import generate
+from .interchange import export, import_
 from .job_commands import logs, prepare, status, stop, submit
 from .launch import go_on, start
 from .tables import amount_of_bytes, columns
@@ -22,7 +18,9 @@ from .tables import amount_of_bytes, columns
 __all__ = [
     "checkpoints",
     "evaluate",
+    "export",
     "generate",
+    "import_",
     "logs",
     "prepare",
     "resume",
@@ -35,8 +33,6 @@ __all__ = [
 
 # A run whose last step is longer ago than this many of its steps, and these seconds, is not taken to be running.
 IDLE_STEPS, IDLE_SECONDS = 20, 120.0
-# UTF-8 needs at most four bytes a character: more are not waited for.
-LONGEST_CHARACTER = 4
 
 
 def train(arguments: Namespace) -> int:
@@ -45,22 +41,6 @@ def train(arguments: Namespace) -> int:
 
 def resume(arguments: Namespace) -> int:
     return go_on(arguments.run, _checked(arguments.overrides), arguments.address)
-
-
-def generate(arguments: Namespace) -> int:
-    run = find_run(arguments.run)
-    experiment = Experiment.resume(run)
-    chosen = {name: getattr(arguments, name) for name in SampleConfig.model_fields}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    config = validate(SampleConfig, experiment.sample.model_dump() | given)
-    trained = load_run(run, experiment)
-    _note(trained.notes)
-    prompt = prompt_tokens(trained.corpus, config.prompt)
-    print(trained.corpus.decode(prompt), end="", flush=True)
-    for text in _pieces(trained.corpus, continuation(trained.model, prompt, config)):
-        print(text, end="", flush=True)
-    print()
-    return 0
 
 
 def runs(arguments: Namespace) -> int:
@@ -126,27 +106,9 @@ def _state(last: StepRecord | None, steps: int, now: float) -> str:
     return "running" if now - last.time < max(IDLE_SECONDS, IDLE_STEPS * last.seconds) else "stopped"
 
 
-def _pieces(corpus: Corpus, tokens: Iterator[int]) -> Iterator[str]:
-    """Text as its tokens come, never half a character."""
-    waiting: list[int] = []
-    for token in tokens:
-        waiting.append(token)
-        text = corpus.decode(waiting)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(waiting) >= LONGEST_CHARACTER:
-            yield text
-            waiting = []
-    if waiting:
-        yield corpus.decode(waiting)
-
-
 def _checked(overrides: list[str]) -> list[str]:
     """ValueError for words that are no override, before a file is read."""
     for word in overrides:
         if "=" not in word:
             raise ValueError(f"{word!r} is not a setting: write key=value, such as train.steps=100")
     return overrides
-
-
-def _note(notes: list[str]) -> None:
-    for line in notes:
-        print(f"note: {line}", file=sys.stderr)

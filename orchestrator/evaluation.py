@@ -7,7 +7,6 @@ from argparse import Namespace
 
 from ..data import TASKS
 from ..workers import Experiment, find_run
-from ..workers.configuration import ConfigError
 from ..workers.evaluate import Evaluation
 from ..workers.evaluate import evaluate as measure
 from ..workers.scoring import LengthScore
@@ -24,7 +23,9 @@ def evaluate(arguments: Namespace) -> int:
     first = launcher.rank() == 0
     try:
         run = find_run(arguments.run)
-        experiment = Experiment.resume(run, _overrides(arguments.overrides))
+        words = launcher.with_own_workers(arguments.overrides, "evaluate")
+        workers = words[-1].partition("=")[2]
+        experiment = Experiment.resume(run, [*_HERE, f"parallel.sequence={workers}", *words])
         result = measure(experiment, run, launcher.rank(), progress=_progress if first else _silent)
     except Exception as error:
         if not first and is_mistake(error):
@@ -33,23 +34,6 @@ def evaluate(arguments: Namespace) -> int:
     if first:
         _report(result, experiment)
     return 0
-
-
-def _overrides(asked: list[str]) -> list[str]:
-    """The settings that fit this process and its fellows, with what was asked for over them."""
-    if launcher.present():
-        words = launcher.with_workers(asked)
-        workers = int(words[-1].partition("=")[2])
-    else:
-        words, workers = [*asked, "workers=1"], 1
-        others = [word for word in asked if word.startswith("workers=") and word != "workers=1"]
-        if others:
-            number = others[-1].partition("=")[2]
-            raise ConfigError(
-                f"{others[-1]}: start so many processes with `torchrun --nproc-per-node {number} -m "
-                "longstride.orchestrator evaluate ...`"
-            )
-    return [*_HERE, f"parallel.sequence={workers}", *words]
 
 
 def _report(result: Evaluation, experiment: Experiment) -> None:

@@ -37,6 +37,22 @@ def with_workers(overrides: list[str]) -> list[str]:
     return [*overrides, f"workers={launched}"]
 
 
+def with_own_workers(overrides: list[str], command: str) -> list[str]:
+    """`overrides` with `workers` as launched, 1 without a launcher. ValueError when the user asked for another number.
+
+    For commands that start no processes themselves; the advice names `command`.
+    """
+    if present():
+        return with_workers(overrides)
+    asked = [text.partition("=")[2].strip() for text in overrides if text.partition("=")[0].strip() == "workers"]
+    if asked and asked[-1] != "1":
+        raise ValueError(
+            f"workers={asked[-1]}: start so many with `torchrun --nproc-per-node {asked[-1]} "
+            f"-m longstride.orchestrator {command} ...`"
+        )
+    return [*overrides, "workers=1"]
+
+
 def meet(prepare: Callable[[], Prepared | Done]) -> tuple[Prepared | Done, Store]:
     """What the first process prepared, on all of them, and a store for their process group.
 

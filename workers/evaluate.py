@@ -13,7 +13,7 @@ from ..parallel import Mesh
 from .checkpoint import Checkpointer, load_weights
 from .configuration import ConfigError
 from .experiment import Experiment
-from .manifest import newest_whole
+from .manifest import Manifest, newest_whole
 from .process_group import process_group
 from .run_directory import RunDirectory
 from .scoring import LengthScore, at_length, score_length
@@ -51,6 +51,15 @@ def load_run(run: RunDirectory, experiment: Experiment, device: str = "cpu") -> 
     return TrainedModel(model.eval(), experiment.open_corpus(), manifest.step, manifest.tokens, rejected)
 
 
+def load_sharded(run: RunDirectory, experiment: Experiment, mesh: Mesh) -> tuple[LanguageModel, Manifest, list[str]]:
+    """The same model sharded over the mesh, its manifest, and the lines for newer checkpoints that are broken."""
+    model = make_sharded_model(experiment, mesh, filled=False).eval()
+    checkpointer = Checkpointer(run, experiment.checkpoint, model)
+    checkpoint, manifest, rejected = checkpointer.latest()
+    checkpointer.load(checkpoint, manifest)
+    return model, manifest, rejected
+
+
 def evaluate(
     experiment: Experiment,
     run: RunDirectory,
@@ -80,10 +89,7 @@ def evaluate(
         return Evaluation(trained.step, scores, trained.notes)
     with process_group(rank, experiment.workers, None, device, threads) as own_device:
         mesh = Mesh(**asdict(experiment.degrees), device=own_device, strategies=experiment.parallel.strategies)
-        model = make_sharded_model(experiment, mesh).eval()
-        checkpointer = Checkpointer(run, experiment.checkpoint, model)
-        checkpoint, manifest, rejected = checkpointer.latest()
-        checkpointer.load(checkpoint, manifest)
+        model, manifest, rejected = load_sharded(run, experiment, mesh)
         scores = _scores(model, experiment.open_corpus(), experiment, mesh, progress)
         return Evaluation(manifest.step, scores, rejected)
 

@@ -1,4 +1,7 @@
-"""Recurrent decoding on one process: memory does not grow with the text, but for attention's keys and values."""
+"""Decoding on one process: the prompt in the parallel form, then one token at a time by the recurrence.
+
+Memory does not grow with the text, but for attention's keys and values and the history of implicit convolutions.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..data import Corpus
+from ..data import Corpus, Tokenizer
 from ..models import LanguageModel
+from ..models.block import BlockState
 from .configuration import ConfigError, Settings
 
 # Tokens of held-out text to begin with where no prompt is given.
 DEFAULT_PROMPT_TOKENS = 32
+# Tokens of a prompt that are read in one piece.
+READ_AT_ONCE = 8192
 
 
 class SampleConfig(Settings):
@@ -52,32 +58,59 @@ def sample_text(model: LanguageModel, corpus: Corpus, config: SampleConfig) -> S
     return Sample(corpus.decode(prompt), corpus.decode(tokens))
 
 
-def prompt_tokens(corpus: Corpus, prompt: str | None) -> list[int]:
-    """The prompt's token ids."""
+def prompt_tokens(corpus: Corpus, prompt: str | None, tokenizer: Tokenizer | None = None) -> list[int]:
+    """The prompt's token ids, by the corpus's tokenizer or the one given."""
     if prompt is None:
         count = min(DEFAULT_PROMPT_TOKENS, corpus.num_tokens("validation"))
         return [int(token) for token in corpus.read("validation", 0, count)]
     if not prompt:
         raise ConfigError("sample.prompt is empty; give at least one character")
-    return [int(token) for token in corpus.encode(prompt)]
+    return [int(token) for token in (tokenizer or corpus.tokenizer).encode(prompt)]
+
+
+def continuation(model: LanguageModel, prompt: Sequence[int], config: SampleConfig) -> Iterator[int]:
+    """Token ids after `prompt`, one by one; the same for the same seed. ConfigError: see `check_length`."""
+    return (token for (token,) in _grow(model, [prompt], [0], config))
+
+
+def continuations(model: LanguageModel, prompts: Sequence[Sequence[int]], config: SampleConfig) -> list[list[int]]:
+    """Token ids after each of several prompts; those of equal length are decoded together.
+
+    Each is what `continuation` gives for it alone with the seed `config.seed` + its number, up to rounding.
+    """
+    results: list[list[int]] = [[] for _ in prompts]
+    for length in sorted({len(prompt) for prompt in prompts}):
+        numbers = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
+        for tokens in _grow(model, [prompts[number] for number in numbers], numbers, config):
+            for number, token in zip(numbers, tokens, strict=True):
+                results[number].append(token)
+    return results
 
 
 @torch.inference_mode()
-def continuation(model: LanguageModel, prompt: Sequence[int], config: SampleConfig) -> Iterator[int]:
-    """Token ids after `prompt`, one by one; the same for the same seed."""
-    check_length(model.max_length, len(prompt), config)
+def _grow(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], numbers: Sequence[int], config: SampleConfig
+) -> Iterator[list[int]]:
+    """The next tokens of prompts of one length, one token each at a time."""
+    check_length(model.max_length, len(prompts[0]), config)
     device = model.output_weight.device
-    generator = torch.Generator().manual_seed(config.seed)
-    state = model.init_state(1)
-    logits_V = torch.empty(0)
-    for token in prompt:
-        logits_BV, state = model.step(torch.tensor([token], device=device), state)
-        logits_V = logits_BV[0]
-    for _ in range(config.tokens):
-        token = choose(logits_V.cpu(), config, generator)
-        yield token
-        logits_BV, state = model.step(torch.tensor([token], device=device), state)
-        logits_V = logits_BV[0]
+    generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
+    logits_BV, state = _read(model, torch.tensor(prompts, device=device))
+    for done in range(config.tokens):
+        rows = zip(logits_BV.cpu(), generators, strict=True)
+        tokens = [choose(logits_V, config, generator) for logits_V, generator in rows]
+        yield tokens
+        if done + 1 < config.tokens:
+            logits_BV, state = model.step(torch.tensor(tokens, device=device), state)
+
+
+def _read(model: LanguageModel, prompt_BT: Tensor) -> tuple[Tensor, list[BlockState]]:
+    """Scores after the prompt and the state there, in pieces: the memory is that of one, however long the prompt."""
+    logits_BV, state = torch.empty(0), None
+    for piece_BT in prompt_BT.split(READ_AT_ONCE, dim=1):
+        logits_BV, state = model.prefill(piece_BT, state=state)
+    assert state is not None
+    return logits_BV, state
 
 
 def check_length(longest: int | None, prompt: int, config: SampleConfig) -> None:

@@ -326,8 +326,8 @@ class Trainer:
         )
 
 
-def make_sharded_model(experiment: Experiment, mesh: Mesh) -> LanguageModel:
-    """The experiment's model with its initial values, sharded. No process ever holds all of it."""
+def make_sharded_model(experiment: Experiment, mesh: Mesh, *, filled: bool = True) -> LanguageModel:
+    """The experiment's model, sharded, with its initial values or not `filled`. No process ever holds all of it."""
     train = experiment.train
     model = build_model(experiment.model, dtype=train.parameter_dtype, device="meta")
     shard_model(
@@ -339,7 +339,8 @@ def make_sharded_model(experiment: Experiment, mesh: Mesh) -> LanguageModel:
         forward_methods=("loss", "logits", "scores"),
     )
     model.to_empty(device=mesh.device)
-    initialise(model, experiment.seed)
+    if filled:
+        initialise(model, experiment.seed)
     return model
 
 

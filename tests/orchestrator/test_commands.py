@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from longstride.orchestrator.cli import main
-from longstride.orchestrator.commands import _pieces
+from longstride.orchestrator.generation import _pieces
 from longstride.workers import find_run
 
 from .commands import losses

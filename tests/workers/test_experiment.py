@@ -13,7 +13,7 @@ from longstride.workers.experiment import default_name
 from longstride.workers.launch import check
 from longstride.workers.optimization import TrainConfig, learning_rate
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 MIXED = """
 workers: 2
 model: hybrid-small

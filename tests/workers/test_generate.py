@@ -9,7 +9,14 @@ from longstride.data import Corpus
 from longstride.models import build_model
 from longstride.parallel import SequenceShard
 from longstride.workers import ConfigError
-from longstride.workers.generate import SampleConfig, choose, continuation, prompt_tokens, sample_text
+from longstride.workers.generate import (
+    SampleConfig,
+    choose,
+    continuation,
+    continuations,
+    prompt_tokens,
+    sample_text,
+)
 
 from .tiny import TINY
 
@@ -78,3 +85,35 @@ def test_too_long_a_text_is_one_line() -> None:
     model = build_model(TINY["model"])
     with pytest.raises(ConfigError, match=r"exceed the model's 64 positions; set sample\.tokens=60"):
         list(continuation(model, [1, 2, 3, 4], SampleConfig(tokens=100)))
+
+
+def test_several_prompts_are_each_as_if_alone() -> None:
+    """Of different lengths, with seeds of their own; the same prompt again says something else."""
+    model = build_model(TINY["model"], dtype=torch.float64)
+    prompts = [list(b"import os"), list(b"x"), list(b"class A(B"), list(b"x")]
+    config = SampleConfig(tokens=12, temperature=1, top_p=0.9, top_k=50, seed=4)
+    together = continuations(model, prompts, config)
+    for number, prompt in enumerate(prompts):
+        alone = config.model_copy(update={"seed": 4 + number})
+        assert together[number] == list(continuation(model, prompt, alone))
+    assert together[1] != together[3]
+
+
+def test_a_prompt_is_read_at_once_or_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never token by token; and the pieces do not show."""
+    model = build_model(TINY["model"], dtype=torch.float64)
+    prompt = list(b"def f(a, b):\n    return a + b\n")
+    config = SampleConfig(tokens=8, temperature=0)
+    steps = 0
+    step = model.step
+
+    def counted(*arguments: object) -> object:
+        nonlocal steps
+        steps += 1
+        return step(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "step", counted)
+    at_once = list(continuation(model, prompt, config))
+    assert steps == config.tokens - 1  # the last token is not read again
+    monkeypatch.setattr("longstride.workers.generate.READ_AT_ONCE", 7)
+    assert list(continuation(model, prompt, config)) == at_once

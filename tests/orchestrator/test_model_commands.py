@@ -1,0 +1,129 @@
+"""Commands on a finished run's model: evaluate, generate, export and import; in one process and under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from longstride.orchestrator.cli import main
+
+TASK = """
+workers: 1
+model: {vocab_size: 256, width: 16, layers: "[mamba] x 2", feed_forward: none, mamba: {state: 4}}
+data:
+  {corpus: selective-copying, context: 48, batch: 4, validation_sequences: 6, tasks: {selective_copying: {tokens: 4}}}
+train: {steps: 2}
+sample: {tokens: 4}
+tracking: {enabled: false}
+run: {name: copying}
+"""
+
+
+@pytest.fixture
+def task(place: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A finished run of two steps on a task."""
+    (place / "task.yaml").write_text(TASK)
+    assert main(["train", "task.yaml"]) == 0
+    capsys.readouterr()
+    return place / "runs" / "copying"
+
+
+def launched(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "-m", "longstride.orchestrator", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def table(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+def test_accuracy_by_length_split_and_whole(task: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = "evaluate.lengths=[32, 101]"
+    assert main(["evaluate", "copying", lengths, "evaluate.sequences=5"]) == 0
+    alone = capsys.readouterr().out
+    step, header, short, long = table(alone)
+    assert step == ["step", "2"] and header[:5] == ["LENGTH", "SEQUENCES", "TARGETS", "CORRECT", "ACCURACY"]
+    assert short[:3] == ["32", "5", "20"] and long[:3] == ["101", "5", "20"]
+    assert short[4] == f"{int(short[3]) / 20:.2%}"
+    result = launched("evaluate", "copying", lengths, "evaluate.sequences=5")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == alone
+
+    assert main(["evaluate", "copying"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "held-out tokens    24 in 6 sequences of 48"
+    assert lines[-1].startswith("accuracy ") and lines[-1].endswith("of 24 targets)")
+
+
+def test_loss_by_position_of_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "small.yaml"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "small"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert rows[-3][:3] == ["POSITION", "OF", "128"]
+    assert [row[0] for row in rows[-2:]] == ["0-63", "64-127"]
+
+
+def test_out_and_in_again(task: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "copying", "out", "--layout", "mamba"]) == 0
+    assert "out holds the run's newest weights as mamba" in capsys.readouterr().out
+    assert main(["import", "out", "runs/mine", "data.context=64", "tracking.enabled=false"]) == 0
+    assert "longstride generate" in capsys.readouterr().out
+    assert main(["checkpoints", "mine", "--verify"]) == 0
+    assert "step-00000000" in capsys.readouterr().out
+    assert main(["generate", "mine", "--prompt", "abc", "--tokens", "5"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("abc")
+    prompts = ["--prompt", "abc", "--prompt", "abd", "--prompt", "x"]
+    assert main(["generate", "mine", *prompts, "--tokens", "5"]) == 0
+    several = capsys.readouterr().out
+    assert several.startswith(text) and "\nabd" in several and "\nx" in several
+
+    result = launched("import", "out", "runs/split", "data.context=64", "tracking.enabled=false")
+    assert result.returncode == 0, result.stderr
+    result = launched("export", "split", "again", "--layout", "mamba")
+    assert result.returncode == 0, result.stderr
+    before, after = (load_file(place / name / "model.safetensors") for name in ("out", "again"))
+    assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["import", "nowhere", "runs/mine"], "no directory nowhere"),
+        (["import", "task.yaml", "runs/mine"], "task.yaml"),
+        (["export", "copying", "out", "--layout", "llama"], "cannot be stored as llama"),
+        (["export", "copying", "out", "--layout", "lama"], "no layout 'lama'"),
+        (["export", "coping", "out", "--layout", "mamba"], "did you mean copying?"),
+        (["evaluate", "copying", "workers=2"], "torchrun --nproc-per-node 2 -m longstride.orchestrator evaluate"),
+        (["evaluate", "copying", "evaluate.lengths=[7]"], "4 tokens and their markers need 8 or more"),
+        (["evaluate", "copying", "evaluate.lengths=[0]"], "greater than or equal to 1"),
+        (["evaluate", "copying", "data.tasks.selective_copying.token=3"], "did you mean"),
+        (["generate", "copying", "--prompt", "1 2 256"], "'256' is no token of this task"),
+    ],
+)
+def test_mistakes_are_one_line(task: Path, words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    output = capsys.readouterr()
+    assert line in output.err and len(output.err.splitlines()) == 1
+    assert not (task.parent / "mine").exists()
+
+
+def test_a_mistake_of_two_processes_is_told_once(task: Path) -> None:
+    result = launched("evaluate", "copying", "evaluate.lengths=[7]")
+    assert result.returncode != 0
+    assert result.stderr.count("longstride: ") == 1, result.stderr

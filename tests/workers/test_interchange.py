@@ -1,0 +1,103 @@
+"""Checkpoints of other software become runs that generate, train on and go out again as they came."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from longstride.data import Corpus
+from longstride.data.subwords import train_bpe
+from longstride.models import build_model
+from longstride.models.interchange import load_pretrained, save_pretrained
+from longstride.workers import ConfigError, RunDirectory, reopen_run, train_process
+from longstride.workers.evaluate import load_run
+from longstride.workers.interchange import export_run, import_run, imported_experiment, run_tokenizer
+from longstride.workers.manifest import list_checkpoints
+
+SMALL = ["data.context=64", "data.batch=2", "data.validation_sequences=2", "tracking.enabled=false", "train.steps=3"]
+MAMBA = {"vocab_size": 256, "width": 16, "layers": "[mamba] x 2", "feed_forward": "none", "mamba": {"state": 4}}
+
+
+@pytest.fixture
+def mamba(tmp_path: Path) -> Path:
+    """A small Mamba as transformers writes it."""
+    config = transformers.MambaConfig(vocab_size=256, hidden_size=16, state_size=4, num_hidden_layers=2)
+    torch.manual_seed(0)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "there")
+    return tmp_path / "there"
+
+
+def imported(directory: Path, out: Path, *overrides: str) -> RunDirectory:
+    return import_run(str(directory), imported_experiment(str(directory), str(out), [*SMALL, *overrides]), threads=1)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    tensors: dict[str, Any] = load_file(directory / "model.safetensors")
+    return {key: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for key, tensor in tensors.items()}
+
+
+def test_in_trained_and_out(mamba: Path, tmp_path: Path) -> None:
+    run = imported(mamba, tmp_path / "runs" / "mine")
+    assert (run.name, run.url) == ("mine", str(tmp_path / "runs" / "mine"))
+    assert [(found.name, found.committed) for found in list_checkpoints(run)] == [("step-00000000", True)]
+    experiment = imported_experiment(str(mamba), run.url, SMALL)
+    trained = load_run(run, experiment)
+    assert (trained.step, trained.tokens) == (0, 0)
+    reference = load_pretrained(mamba)
+    tokens = torch.randint(256, (2, 30))
+    assert torch.equal(trained.model.logits(tokens), reference.logits(tokens))
+
+    export_run(run, experiment, str(tmp_path / "out"), "mamba")
+    assert digests(tmp_path / "out") == digests(mamba)
+    there = transformers.MambaForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(there(tokens).logits, reference.logits(tokens), atol=1e-5)
+
+    summary = train_process(reopen_run(run), run=run.url, device="cpu", threads=1, resume=True)
+    assert summary is not None and summary.finished and summary.step == 3
+    export_run(run, experiment, str(tmp_path / "after"), "mamba")
+    assert digests(tmp_path / "after").keys() == digests(mamba).keys()
+    assert digests(tmp_path / "after") != digests(mamba)
+
+
+def test_a_tokenizer_travels_with_its_model(mamba: Path, tmp_path: Path) -> None:
+    tokenizer = train_bpe(iter(["def f(x): return x + 1"] * 4), 257)
+    (mamba / "tokenizer.json").write_text(tokenizer.content)
+    run = imported(mamba, tmp_path / "run")
+    corpus = Corpus.open("python-source")
+    assert run_tokenizer(run, corpus).name == tokenizer.name != corpus.tokenizer.name
+    export_run(run, imported_experiment(str(mamba), run.url, SMALL), str(tmp_path / "out"), "mamba")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == tokenizer.content
+    (mamba / "tokenizer.json").unlink()
+    assert run_tokenizer(imported(mamba, tmp_path / "bare"), corpus) is corpus.tokenizer
+
+
+def test_mistakes_are_one_line_and_leave_no_run(mamba: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no directory"):
+        imported(tmp_path / "nowhere", tmp_path / "run")
+    save_pretrained(build_model({**MAMBA, "vocab_size": 48}), tmp_path / "few", layout="mamba")
+    with pytest.raises(ConfigError, match=r"has 48 token ids and data\.corpus=python-source 256: give data\.corpus="):
+        imported(tmp_path / "few", tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"unknown setting train\.step; did you mean train\.steps"):
+        imported(mamba, tmp_path / "run", "train.step=1")
+    whole = (mamba / "model.safetensors").read_bytes()
+    (mamba / "model.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        imported(mamba, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (mamba / "model.safetensors").write_bytes(whole)
+    run = imported(mamba, tmp_path / "run")
+    with pytest.raises(ValueError, match="exists already"):
+        imported(mamba, tmp_path / "run")
+    experiment = imported_experiment(str(mamba), run.url, SMALL)
+    with pytest.raises(ValueError, match="no layout 'mambo'"):
+        export_run(run, experiment, str(tmp_path / "out"), "mambo")
+    with pytest.raises(ValueError, match="cannot be stored as llama"):
+        export_run(run, experiment, str(tmp_path / "out"), "llama")
+    with pytest.raises(ValueError, match="holds a checkpoint already"):
+        export_run(run, experiment, str(mamba), "mamba")

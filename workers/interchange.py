@@ -1,0 +1,114 @@
+"""Checkpoints of other software into runs, and runs into them; by one process, or by several that share the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ..data import Corpus, SubwordTokenizer, Tokenizer
+from ..models.interchange import load_config, load_into, save_pretrained
+from ..parallel import Mesh
+from .checkpoint import Checkpointer
+from .configuration import ConfigError, apply_overrides, validate
+from .evaluate import load_run, load_sharded
+from .experiment import Experiment
+from .launch import create_run
+from .manifest import Manifest
+from .optimization import ShardedAdamW
+from .process_group import process_group
+from .run_directory import RunDirectory, code_version, timestamp
+from .trainer import make_sharded_model
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def imported_experiment(directory: str, out: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a run at `out` (a path or URL) of the model in `directory`, with overrides put in.
+
+    ValueError of one line: no model there, settings that are wrong, or a corpus with more token ids than the model has.
+    """
+    parent, _, name = out.rstrip("/").rpartition("/")
+    run = {"directory": parent or "/" if "/" in out else ".", "name": name}
+    tree = {"model": load_config(directory).model_dump(mode="json"), "run": run}
+    experiment = validate(Experiment, apply_overrides(tree, overrides))
+    vocabulary, corpus = experiment.model.vocab_size, experiment.data.open()
+    if corpus.vocab_size > vocabulary:
+        raise ConfigError(
+            f"the model in {directory} has {vocabulary} token ids and data.corpus={experiment.data.corpus} "
+            f"{corpus.vocab_size}: give data.corpus=OUT of `longstride prepare SOURCE OUT` with the model's tokenizer"
+        )
+    return experiment
+
+
+def import_run(directory: str, experiment: Experiment, rank: int = 0, *, threads: int | None = None) -> RunDirectory:
+    """Makes the experiment's run with a checkpoint of step 0 that holds the weights in `directory`.
+
+    Called on each of the experiment's workers with its rank; each reads its shards of the tensors, none holds all of
+    them. A tokenizer.json there becomes the run's.
+
+    Raises ValueError, in one line: see `load_into`, and as of `create_run`. Then there is no run.
+    """
+    with process_group(rank, experiment.workers, None, "cpu", threads):
+        mesh = Mesh(**asdict(experiment.degrees))
+        model = make_sharded_model(experiment, mesh, filled=False)
+        load_into(model, directory)
+        run = _from_first(rank, lambda: create_run(experiment).url)
+        corpus = experiment.open_corpus()
+        optimizer = ShardedAdamW(model, experiment.train)
+        checkpointer = Checkpointer(RunDirectory(run), experiment.checkpoint, model, optimizer)
+        checkpointer.save(_beginning(experiment, corpus.fingerprint(), mesh))
+    made, tokenizer = RunDirectory(run), Path(directory) / TOKENIZER_FILE
+    if rank == 0 and tokenizer.is_file():
+        made.storage.write_text(TOKENIZER_FILE, tokenizer.read_text(encoding="utf-8"))
+    return made
+
+
+def export_run(run: RunDirectory, experiment: Experiment, out: str, layout: str, rank: int = 0) -> list[str]:
+    """Writes the newest whole checkpoint's weights to the directory `out`; a line for every newer one that is broken.
+
+    Called on each of the experiment's workers; the first one writes, and no process holds the whole model if there are
+    several. Raises ValueError, in one line: see `save_pretrained`, and where there is no checkpoint.
+    """
+    if experiment.workers == 1:
+        trained = load_run(run, experiment)
+        save_pretrained(trained.model, out, layout=layout)
+        notes = trained.notes
+    else:
+        with process_group(rank, experiment.workers, None, "cpu", None):
+            model, _, notes = load_sharded(run, experiment, Mesh(**asdict(experiment.degrees)))
+            save_pretrained(model, out, layout=layout)
+    if rank == 0 and run.storage.exists(TOKENIZER_FILE):
+        (Path(out) / TOKENIZER_FILE).write_text(run.storage.read_text(TOKENIZER_FILE), encoding="utf-8")
+    return notes
+
+
+def run_tokenizer(run: RunDirectory, corpus: Corpus) -> Tokenizer:
+    """What a run's prompts and samples are read and written with: its own tokenizer, or its corpus's."""
+    if run.storage.exists(TOKENIZER_FILE):
+        return SubwordTokenizer(run.storage.read_text(TOKENIZER_FILE))
+    return corpus.tokenizer
+
+
+def _beginning(experiment: Experiment, corpus: str, mesh: Mesh) -> Manifest:
+    counts = {"step": 0, "tokens": 0, "position": 0}
+    data = {"context": experiment.data.context, "batch": experiment.data.batch, "corpus": corpus}
+    written = {"created": timestamp(), "code_version": code_version(), "files": {}}
+    return Manifest(**counts, **data, **written, world_size=mesh.world_size, parallel=asdict(mesh.degrees))
+
+
+def _from_first(rank: int, work: Any) -> Any:
+    """What `work` returns on the first process, on all; its ValueError too."""
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = work()
+        except ValueError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ConfigError(outcome[1])
+    return outcome[0]
