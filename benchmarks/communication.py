@@ -5,7 +5,8 @@
 Counted: forward and backward, sent by the busiest process, float32, batch 1. `all-to-all` is what exchanging length for
 channels would send for the same layer and dtype: Megatron's context parallelism for Mamba (z, x, y, and B, C for
 every process) and Mamba-2 (z, x, dt, y, and B, C for every process), savanna's for Hyena operators (three streams in,
-one out). The second table carries the same formulas to 1,024 processes of 16,384 tokens each; it is arithmetic, not measured.
+one out). The second table carries the same formulas to 1,024 processes of 16,384 tokens each; it is arithmetic, not
+measured.
 """
 
 from __future__ import annotations
