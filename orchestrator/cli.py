@@ -104,6 +104,11 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="read every byte and compare with its checksum")
 
 
+def _add_communication(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--by", choices=("motion", "layer", "rank"), default="motion", help="what a line stands for")
+
+
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's directory (path or URL), or its name below runs/")
 
@@ -218,6 +223,12 @@ COMMANDS = (
         "list a run's checkpoints, whole or broken",
         "longstride checkpoints runs/quickstart-20261122-101500 --verify",
         _add_checkpoints,
+    ),
+    Command(
+        "communication",
+        "what a run's processes send each other in a step, and how long they wait",
+        "longstride communication runs/quickstart-20261122-101500 --by layer",
+        _add_communication,
     ),
     Command(
         "prepare",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 
+from ..parallel import LedgerRow
 from ..workers import Experiment, RunDirectory, find_run, list_runs
+from ..workers.communication import read_communication
 from ..workers.manifest import list_checkpoints
 from ..workers.metrics import StepRecord, read_records
 from .evaluation import evaluate
@@ -17,6 +19,7 @@ from .tables import amount_of_bytes, columns
 
 __all__ = [
     "checkpoints",
+    "communication",
     "evaluate",
     "export",
     "generate",
@@ -74,6 +77,35 @@ def checkpoints(arguments: Namespace) -> int:
         return 0
     print(columns(("CHECKPOINT", "WRITTEN", "WORKERS", "SIZE", "STATE"), rows))
     return 1 if broken else 0
+
+
+def communication(arguments: Namespace) -> int:
+    """The ledgers of a run's first step, summed over whatever a line does not stand for."""
+    step, processes = read_communication(find_run(arguments.run))
+    sums: dict[str, LedgerRow] = {}
+    for rank, rows in enumerate(processes):
+        for row in rows:
+            layer = row.layer or "whole model"
+            key = {"motion": row.motion, "layer": f"{layer}: {row.motion}", "rank": f"{rank}: {row.motion}"}[
+                arguments.by
+            ]
+            sums.setdefault(key, LedgerRow(row.motion, layer)).add(row)
+    if not sums:
+        print("nothing crosses between processes: the run has one")
+        return 0
+    lines = [
+        (
+            name,
+            str(row.calls),
+            amount_of_bytes(row.bytes_sent),
+            amount_of_bytes(row.bytes_received),
+            f"{row.seconds_waited:.3f}",
+        )
+        for name, row in sorted(sums.items())
+    ]
+    print(f"step {step}, {len(processes)} processes, sums over them")
+    print(columns((arguments.by.upper(), "CALLS", "SENT", "RECEIVED", "WAITED (s)"), lines))
+    return 0
 
 
 def _row(run: RunDirectory) -> tuple[str, ...]:
