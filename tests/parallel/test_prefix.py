@@ -113,29 +113,33 @@ def fold(world: int, kind: str, documents: list[list[int]] | None) -> list[tuple
     return list(zip(states, grads, strict=True))
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
-@pytest.mark.parametrize("world", [2, 3, 5])
-@pytest.mark.parametrize("kind", KINDS)
-def test_equals_fold(kind: str, world: int, strategy: str) -> None:
-    for documents in DOCUMENTS if world == 3 else DOCUMENTS[1:2]:
-        expected = fold(world, kind, documents)
-        for (state, grads, _), (true_state, true_grads) in zip(
-            run_ranks(split, world, kind, documents, strategy), expected, strict=True
-        ):
-            assert true_state is None or relative_error(state, true_state) < 1e-12
+def split_all(
+    rank: int, world: int, cases: list[tuple[str, object, str]], node_size: int | None = None
+) -> list[tuple[Tensor, list[Tensor], int]]:
+    """Every case in one set of processes."""
+    return [split(rank, world, kind, documents, strategy, node_size) for kind, documents, strategy in cases]
+
+
+def check(world: int, strategies: list[str], node_size: int | None = None) -> None:
+    cases = [(kind, documents, strategy) for kind in KINDS for documents in DOCUMENTS for strategy in strategies]
+    by_rank = run_ranks(split_all, world, cases, node_size)
+    for index, (kind, documents, strategy) in enumerate(cases):
+        for rank, (true_state, true_grads) in enumerate(fold(world, kind, documents)):
+            state, grads, _ = by_rank[rank][index]
+            assert true_state is None or relative_error(state, true_state) < 1e-12, (kind, documents, strategy)
             for grad, true_grad in zip(grads, true_grads, strict=True):
-                assert relative_error(grad, true_grad) < 1e-12 or float((grad - true_grad).abs().max()) < 1e-12
+                close = relative_error(grad, true_grad) < 1e-12 or float((grad - true_grad).abs().max()) < 1e-12
+                assert close, (kind, documents, strategy)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_equals_fold(world: int) -> None:
+    check(world, sorted(STRATEGIES))
+
+
 @pytest.mark.parametrize(("world", "node_size"), [(4, 2), (6, 2), (6, 3)])
-def test_two_levels_equal_fold(kind: str, world: int, node_size: int) -> None:
-    expected = fold(world, kind, DOCUMENTS[1])
-    got = run_ranks(split, world, kind, DOCUMENTS[1], "hierarchical", node_size)
-    for (state, grads, _), (true_state, true_grads) in zip(got, expected, strict=True):
-        assert true_state is None or relative_error(state, true_state) < 1e-12
-        for grad, true_grad in zip(grads, true_grads, strict=True):
-            assert relative_error(grad, true_grad) < 1e-12 or float((grad - true_grad).abs().max()) < 1e-12
+def test_two_levels_equal_fold(world: int, node_size: int) -> None:
+    check(world, ["hierarchical"], node_size)
 
 
 def test_negative_control_a_missing_reset_is_noticed() -> None:

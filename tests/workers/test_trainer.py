@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from longstride.workers.evaluate import evaluate, load_run
+from longstride.workers.evaluate import load_run
 from longstride.workers.metrics import read_records
+from longstride.workers.scoring import score_length
 from longstride.workers.trainer import Trainer
 
 from ..distributed import run_ranks
@@ -82,7 +83,8 @@ def validation_and_evaluation(rank: int, world_size: int, directory: str) -> tup
     trainer = make_trainer(experiment, rank)
     trainer.train()
     assert trainer.validation_loss is not None
-    return trainer.validation_loss, evaluate(load_run(trainer.run, experiment), experiment).loss
+    trained = load_run(trainer.run, experiment)
+    return trainer.validation_loss, score_length(trained.model, experiment.data, trained.corpus).loss
 
 
 def test_evaluate_measures_what_training_measured(tmp_path: Path) -> None:
