@@ -120,6 +120,7 @@ def test_a_job_goes_on_whatever_happens_to_its_workers_and_nodes(nodes: Nodes, p
     assert "+code." in info(run)["code_version"], "the job ran the code it brought"
 
 
+@pytest.mark.slow  # two to three minutes; the other test of this file shows recovery in `make test`
 def test_a_stopped_job_and_a_lost_driver_are_taken_up_again(nodes: Nodes, place: Path) -> None:
     run = place / "runs" / "again"
     with undisturbed(place) as peace:
