@@ -89,6 +89,7 @@ def wait_for_start(run: Path, number: int) -> None:
     wait_until(lambda: starts(run) >= number, f"start {number}")
 
 
+@pytest.mark.slow  # two to three minutes of two cores; `make test` must stay under twelve
 def test_a_job_goes_on_whatever_happens_to_its_workers_and_nodes(nodes: Nodes, place: Path) -> None:
     """A worker killed, a worker stopped, a node lost, a node added: the losses stay those of the undisturbed run."""
     run = place / "runs" / "disturbed"
@@ -120,7 +121,7 @@ def test_a_job_goes_on_whatever_happens_to_its_workers_and_nodes(nodes: Nodes, p
     assert "+code." in info(run)["code_version"], "the job ran the code it brought"
 
 
-@pytest.mark.slow  # two to three minutes; the other test of this file shows recovery in `make test`
+@pytest.mark.slow  # as long again
 def test_a_stopped_job_and_a_lost_driver_are_taken_up_again(nodes: Nodes, place: Path) -> None:
     run = place / "runs" / "again"
     with undisturbed(place) as peace:
