@@ -120,7 +120,7 @@ def test_the_chromosome():
 def test_an_unknown_corpus_names_the_nearest():
     with pytest.raises(CorpusError, match="unknown corpus 'pyton-source': did you mean 'python-source'"):
         Corpus.open("pyton-source")
-    with pytest.raises(CorpusError, match="unknown corpus 'qqq': take .*ecoli, .*python-source, .*or the path"):
+    with pytest.raises(CorpusError, match=r"unknown corpus 'qqq': take .*ecoli, .*python-source, .*or the path"):
         Corpus.open("qqq")
 
 
