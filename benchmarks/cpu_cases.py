@@ -57,6 +57,20 @@ def _compiled(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tens
     return compiled.CompiledSelectiveScan.apply(u, delta, A, B, C, None, None, None, state, None, False)[0]
 
 
+def _public_scan(*inputs: Tensor) -> Tensor:
+    return kernels.selective_scan(*inputs)[0]
+
+
+def _loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The recurrence as printed, through autograd; unbound, since indexing x[t] makes the backward quadratic."""
+    decay, entering = torch.exp(delta.unsqueeze(-1) * A), (delta * u).unsqueeze(-1) * B.unsqueeze(2)
+    state, states = torch.zeros_like(entering[:, 0]), []
+    for a, x in zip(decay.unbind(1), entering.unbind(1), strict=True):
+        state = a * state + x
+        states.append(state)
+    return (torch.stack(states, 1) @ C.unsqueeze(-1)).squeeze(-1)
+
+
 def _mambapy(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """github.com/alxndrTL/mamba.py: Blelloch's scan over all decays and inputs, as its MambaBlock calls it."""
     from mambapy.pscan import pscan  # type: ignore[import-not-found]
@@ -154,6 +168,10 @@ def _plain_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, 1e-5)
 
 
+def _filtered(length: int, channels: int = 256) -> Case:
+    return [_random(1, length, channels), _random(channels, length, seed=1)], kernels.long_convolution
+
+
 def _dual(length: int, heads: int = 4, width: int = 64, states: int = 16) -> Case:
     decay = -torch.rand(1, length, heads, generator=torch.Generator().manual_seed(0)) * 0.1
     inputs = [_random(1, length, heads, width), decay.requires_grad_()]
@@ -192,6 +210,7 @@ CASES: dict[str, Callable[..., Case]] = {
     "scan: ours, compiled": _scan(_compiled),
     "scan: plain C++ loop": _scan(_PlainLoop.apply),
     "scan: mambapy": _scan(_mambapy),
+    "scan: loop of PyTorch": _scan(_loop),
     "long: ours": _convolution(kernels.long_convolution),
     "long: plain rfft": _convolution(_rfft),
     "long: best plain rfft": _convolution(_rfft_exact),
@@ -208,9 +227,11 @@ CASES: dict[str, Callable[..., Case]] = {
         [_random(tokens, 1024), _random(tokens, 1024, seed=1)],
         lambda gate, up: F.silu(gate) * up,
     ),
-    "state-space dual": _dual,
-    "gated linear attention": _gated,
-    "modal convolution": _modal,
-    "wkv4": _wkv4,
-    "wkv7": _wkv7,
+    "selective scan": lambda length: (_scan_inputs(length, channels=64), _public_scan),
+    "state-space dual": lambda length: _dual(length, heads=1),
+    "gated linear attention": lambda length: _gated(length, heads=1),
+    "modal convolution": lambda length: _modal(length, channels=64),
+    "wkv4": lambda length: _wkv4(length, channels=64),
+    "wkv7": lambda length: _wkv7(length, heads=1),
+    "long convolution": lambda length: _filtered(length, channels=64),
 }

@@ -1,4 +1,4 @@
-"""What kernels_gpu.py measures: ours and peers, by name. Every entry makes (inputs, function) on the GPU.
+"""What kernels_gpu.py measures: ours and peers, by name. Every entry makes (inputs, function) on DEVICE.
 
 A peer that is not installed raises ImportError, which becomes a row of the table. Peers are never dependencies; they
 are installed beside (pip install --no-deps) on the machine that measures.
@@ -24,6 +24,7 @@ from longstride.kernels.state_space_dual import state_space_dual
 from .measuring import Case
 
 DTYPE = torch.bfloat16
+DEVICE = "cuda"
 
 
 def _peer(module: str, name: str) -> Any:
@@ -31,15 +32,15 @@ def _peer(module: str, name: str) -> Any:
 
 
 def _random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
+    return torch.randn(shape, device=DEVICE, dtype=dtype).requires_grad_()
 
 
 def _scan_inputs(batch: int, length: int, channels: int, states: int) -> list[Tensor]:
-    rates = -torch.arange(1.0, states + 1, device="cuda").repeat(channels, 1)
+    rates = -torch.arange(1.0, states + 1, device=DEVICE).repeat(channels, 1)
     sizes = (batch, length)
     inputs = [_random(*sizes, channels), (_random(*sizes, channels).detach() - 4.0).requires_grad_()]
     inputs += [rates.requires_grad_(), _random(*sizes, states), _random(*sizes, states)]
-    return [*inputs, torch.ones(channels, device="cuda").requires_grad_(), _random(*sizes, channels)]
+    return [*inputs, torch.ones(channels, device=DEVICE).requires_grad_(), _random(*sizes, channels)]
 
 
 def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def _mamba_scan(batch: int, length: int, channels: int, states: int) -> Case:
 
 
 def _dual_inputs(batch: int, length: int, heads: int, width: int, states: int) -> list[Tensor]:
-    decay = (-0.1 * torch.rand(batch, length, heads, device="cuda")).requires_grad_()
+    decay = (-0.1 * torch.rand(batch, length, heads, device=DEVICE)).requires_grad_()
     both = [_random(batch, length, 1, states) for _ in range(2)]
     return [_random(batch, length, heads, width), decay, *both]
 
@@ -65,7 +66,7 @@ def _mamba_dual(**sizes: int) -> Case:
     """mamba-ssm's Triton path, told the same decays: rate -1, and a step size of minus our log decay."""
     peer = _peer("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
     x, decay, B, C = _dual_inputs(**sizes)
-    rate = -torch.ones(x.shape[2], device="cuda")
+    rate = -torch.ones(x.shape[2], device=DEVICE)
     inputs = [x, (-decay.detach()).requires_grad_(), B, C]
     return inputs, lambda x, step, B, C: peer(x, step, rate, B, C, chunk_size=256)
 
@@ -73,13 +74,13 @@ def _mamba_dual(**sizes: int) -> Case:
 def _fla_retention(batch: int, length: int, heads: int, width: int, states: int) -> Case:
     """fla-core with a constant decay per head: data-dependent ones raise on Triton 3.4 to 3.7.0."""
     peer = _peer("fla.ops.simple_gla", "chunk_simple_gla")
-    decay = -torch.linspace(0.01, 0.1, heads, device="cuda")
+    decay = -torch.linspace(0.01, 0.1, heads, device=DEVICE)
     queries, keys = _random(batch, length, heads, states), _random(batch, length, heads, states)
     return [queries, keys, _random(batch, length, heads, width)], lambda q, k, v: peer(q, k, v, g_gamma=decay)[0]
 
 
 def _gated_inputs(batch: int, length: int, heads: int, keys: int) -> list[Tensor]:
-    decay = -0.1 * torch.rand(batch, length, heads, keys, device="cuda")
+    decay = -0.1 * torch.rand(batch, length, heads, keys, device=DEVICE)
     return [*(_random(batch, length, heads, keys) for _ in range(3)), decay.requires_grad_()]
 
 
@@ -89,7 +90,7 @@ def _fla_gated(**sizes: int) -> Case:
 
 
 def _modal_inputs(batch: int, length: int, channels: int, states: int) -> list[Tensor]:
-    poles = -torch.logspace(-4, 0, states, device="cuda").repeat(channels, 1)
+    poles = -torch.logspace(-4, 0, states, device=DEVICE).repeat(channels, 1)
     return [_random(batch, length, channels), poles.requires_grad_(), _random(channels, states, dtype=torch.float32)]
 
 
@@ -132,7 +133,7 @@ def _peer_short(**sizes: int) -> Case:
 def _copy(batch: int, length: int, channels: int, width: int) -> Case:
     """Reads and writes what a perfect short convolution would: x and y, then x, dy and dx."""
     source, target = _random(batch, length, channels).detach(), _random(batch, length, channels).detach()
-    leaf = torch.zeros(1, device="cuda", requires_grad=True)
+    leaf = torch.zeros(1, device=DEVICE, requires_grad=True)
 
     def copies(leaf: Tensor) -> Tensor:
         target.copy_(source)
@@ -144,7 +145,7 @@ def _copy(batch: int, length: int, channels: int, width: int) -> Case:
 
 
 def _experts(function: Callable[..., Any], tokens: int, width: int, hidden: int, experts: int) -> Case:
-    counts = kernels.permute(torch.randint(experts, (tokens, 1), device="cuda"), experts)[1]
+    counts = kernels.permute(torch.randint(experts, (tokens, 1), device=DEVICE), experts)[1]
     return [_random(tokens, width), _random(experts, width, hidden)], lambda x, w: function(x, w, counts)
 
 
@@ -154,7 +155,7 @@ def _expert_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def _entropy(function: Callable[..., Any], tokens: int, width: int, vocabulary: int) -> Case:
-    targets = torch.randint(vocabulary, (tokens,), device="cuda")
+    targets = torch.randint(vocabulary, (tokens,), device=DEVICE)
     inputs = [_random(tokens, width), (_random(vocabulary, width).detach() * 0.02).requires_grad_()]
     return inputs, lambda hidden, weight: function(hidden, weight, targets)
 

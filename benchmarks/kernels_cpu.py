@@ -1,12 +1,12 @@
 """Every kernel on the CPU beside what one would use instead: forward and backward, time and peak memory, in one run.
 
-    python -m benchmarks.kernels_cpu                    all of it, about ten minutes on two idle cores
+    python -m benchmarks.kernels_cpu                    all of it, some minutes on two idle cores
     python -m benchmarks.kernels_cpu --only scan,long   some groups
     python -m benchmarks.kernels_cpu --longest 65536    without the lengths beyond
 
-Prints a table with ratios to ours, then the project's targets with what was measured, and writes both with the machine
-to results/kernels_cpu.json and a plot of growth with length beside it. mambapy is a peer, not a dependency: it takes
-part if it is installed (pip install --no-deps mambapy).
+Prints a table with ratios to ours, time and memory a token against length, and the project's targets with what was
+measured; writes all with the machine to results/kernels_cpu.json and a plot of the scans' growth beside it. mambapy is
+a peer, not a dependency: it takes part if it is installed (pip install --no-deps mambapy).
 """
 
 from __future__ import annotations
@@ -20,6 +20,16 @@ from typing import Any
 from .measuring import RESULTS, Row, machine, measure, save, table
 
 LENGTHS = (4096, 16384, 65536, 262144, 1048576)
+# 64 channels or one head of 64
+GROWING = (
+    "selective scan",
+    "state-space dual",
+    "gated linear attention",
+    "modal convolution",
+    "wkv4",
+    "wkv7",
+    "long convolution",
+)
 BASELINE = {
     "scan": "scan: ours, portable",
     "long": "long: ours",
@@ -66,10 +76,12 @@ def plan(longest: int) -> Iterator[tuple[str, str, dict[str, int], int]]:
         if length <= 65536:
             yield "scan", "scan: plain C++ loop", {"length": length}, repeats
             yield "scan", "scan: mambapy", {"length": length}, min(repeats, 2)
+        if length <= 4096:
+            yield "scan", "scan: loop of PyTorch", {"length": length}, 1
     for length in [length for length in (4096, 65536) if length <= longest]:
         for name in ("long: ours", "long: plain rfft", "long: best plain rfft"):
             yield "long", name, {"length": length}, 5
-        for width in (4, 24):
+        for width in (4, 24, 128):
             yield "short", "short: ours", {"length": length, "width": width}, 5
             yield "short", "short: conv1d", {"length": length, "width": width}, 5
     for name in ("experts: ours", "experts: loop"):
@@ -80,9 +92,9 @@ def plan(longest: int) -> Iterator[tuple[str, str, dict[str, int], int]]:
         yield "norm", name, {"tokens": 16384}, 5
     for name in ("swiglu: ours", "swiglu: autograd"):
         yield "swiglu", name, {"tokens": 16384}, 5
-    for name in ("state-space dual", "gated linear attention", "modal convolution", "wkv4", "wkv7"):
-        for length in [length for length in (4096, 65536) if length <= longest]:
-            yield "growth", name, {"length": length}, 2
+    for name in GROWING:
+        for length in lengths:
+            yield "growth", name, {"length": length}, 2 if length <= 65536 else 1
 
 
 def check(rows: list[Row]) -> list[dict[str, Any]]:
@@ -101,6 +113,20 @@ def check(rows: list[Row]) -> list[dict[str, Any]]:
             claim["ratio_of_cpu_seconds"] = pair[0].cpu_seconds / max(pair[1].cpu_seconds, 1e-12)
         found.append(claim)
     return found
+
+
+def growth(rows: list[Row]) -> str:
+    """Microseconds and bytes of peak memory a token against length: flat where both grow linearly."""
+    lengths = sorted({row.arguments["length"] for row in rows if row.group == "growth"})
+    lines = [f"{'us and bytes a token':<24}" + "".join(f"{length:>18,}" for length in lengths)]
+    for name in GROWING:
+        cells = []
+        for length in lengths:
+            row = next((r for r in rows if r.name == name and r.arguments == {"length": length} and not r.error), None)
+            text = "-" if row is None else f"{row.wall_seconds / length * 1e6:.2f} {row.peak_bytes / length:,.0f}"
+            cells.append(f"{text:>18}")
+        lines.append(f"{name:<24}" + "".join(cells))
+    return "\n".join(lines)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -148,6 +174,8 @@ def main() -> None:
         save(options.json, rows, where)  # what was measured stays if the run is cut short
     print(f"\n{where['processor']}, {options.threads} threads, torch {where['torch']}, forward and backward, float32")
     print(table(rows, BASELINE))
+    if any(row.group == "growth" for row in rows):
+        print(growth(rows))
     claims = check(rows)
     for claim in claims:
         verdict = "holds" if claim["holds"] else "MISSED"

@@ -8,6 +8,7 @@ from .corpus import SPLITS, Corpus, CorpusError
 from .loader import Batch, BatchLoader, HeldOut, SequenceLoader, ValidationSet
 from .mixture import Mixture
 from .preparation import Prepared, Progress, prepare
+from .schedule import Stage
 from .shards import ShardedCorpus
 from .subwords import SubwordTokenizer
 from .task_loader import TaskLoader, TaskValidation
@@ -30,6 +31,7 @@ __all__ = [
     "Progress",
     "SequenceLoader",
     "ShardedCorpus",
+    "Stage",
     "SubwordTokenizer",
     "Task",
     "TaskLoader",

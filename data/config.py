@@ -1,11 +1,12 @@
 """The `data` section of an experiment."""
 
-from typing import Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from .corpus import Corpus
 from .loader import BatchLoader, HeldOut, SequenceLoader, ValidationSet
+from .schedule import Stage, parse_length, parse_schedule, plan_stages
 from .task_loader import TaskLoader, TaskValidation
 from .tasks import TASKS, Task, TasksConfig
 
@@ -22,6 +23,10 @@ class _Reading(TypedDict):
     prefetch: int
 
 
+def _length(value: Any) -> Any:
+    return parse_length(value) if isinstance(value, str) else value
+
+
 class DataConfig(BaseModel):
     """What is read, and in what pieces. Counts are global: they do not change with the number of workers."""
 
@@ -31,8 +36,13 @@ class DataConfig(BaseModel):
         "python-source",
         description="an embedded corpus, a task, the path or URL of a prepared corpus, or {corpus: weight, ...}",
     )
-    context: int = Field(8192, gt=0, description="tokens of a sequence")
+    context: Annotated[int, BeforeValidator(_length)] = Field(
+        8192, gt=0, description="tokens of a sequence, such as 8192, 8k or 1M"
+    )
     batch: int = Field(1, gt=0, description="sequences of one step, over all workers")
+    schedule: str | None = Field(
+        None, description="shorter contexts to begin with, such as '8k for 1000 steps, then 64k for 500 steps'"
+    )
     validation_sequences: int = Field(8, gt=0, description="held-out sequences scored at each validation, at most")
     verify: Literal["size", "checksum"] = Field("size", description="how prepared shards are checked before training")
     on_bad_shard: Literal["stop", "skip"] = Field(
@@ -40,6 +50,17 @@ class DataConfig(BaseModel):
     )
     tasks: TasksConfig = Field(default=TasksConfig(), description="options of the synthetic tasks")
     prefetch: int = Field(2, ge=0, description="batches read ahead in the background")
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _can_be_read(cls, schedule: Any) -> str | None:
+        if schedule is not None:
+            parse_schedule(str(schedule))
+        return schedule
+
+    def stages(self, steps: int) -> tuple[Stage, ...]:
+        """The stages of a run of so many steps: one without a schedule. ValueError: the schedule does not fit."""
+        return tuple(plan_stages(self.schedule, self.context, self.batch, steps))
 
     def open(self) -> Corpus:
         """The corpus. CorpusError (a ValueError): it is unknown or cannot be read."""

@@ -117,8 +117,12 @@ def documents(piece: Piece, field: str = "text") -> Iterator[bytes]:
 
 def _open(file: SourceFile) -> IO[bytes]:
     compression = None if file.kind == "parquet" else file.compression
-    opened: Any = fsspec.open(file.url, "rb", compression=compression)
-    return patiently(opened.open, f"cannot open {file.url}")
+
+    def start() -> Any:  # a stream of bytes; fsspec says more
+        filesystem, path = resolve(file.url)
+        return filesystem.open(path, "rb", compression=compression)
+
+    return patiently(start, f"cannot open {file.url}")
 
 
 def _text(stream: IO[bytes], piece: Piece, _: str) -> Iterator[bytes]:

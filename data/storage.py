@@ -25,20 +25,34 @@ _FINAL = (
     ValueError,
     TypeError,
 )
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
+# By name: their modules are slow to import. The store was waited for already (see `object_store`).
+_FINAL_NAMES = ("StoreUnavailable", *_NO_CREDENTIALS)
+
+
+def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of a URL or path, and the path in it. ValueError, ImportError: unknown, or its package missing."""
+    if not url.startswith(("s3://", "s3a://")):
+        return url_to_fs(url)
+    from .object_store import PatientS3FileSystem  # slow to import, and only such a store needs it
+
+    filesystem = PatientS3FileSystem()
+    return filesystem, str(filesystem._strip_protocol(url))
 
 
 def resolve(url: str) -> tuple[AbstractFileSystem, str]:
     """The filesystem of a URL or path, and the path in it. CorpusError: unknown protocol, or its package is missing."""
     try:
-        return url_to_fs(url)
+        return open_filesystem(url)
     except (ValueError, ImportError) as error:
         raise CorpusError(f"cannot open {url}: {one_line(error)}") from error
 
 
 def patiently(action: Callable[[], Result], what: str, sleep: Callable[[float], None] = time.sleep) -> Result:
-    """Do what may fail for a while (refused, throttled or dropped connections), four times in all.
+    """Do what may fail for a while (refused, throttled or dropped connections), up to four times.
 
-    What waiting does not mend (not found, not permitted), and the last failure, are raised as CorpusError with `what`.
+    What waiting does not mend (not found, not permitted), what was waited for below, and the last failure, are raised
+    as CorpusError with `what`.
     """
     for attempt, wait in enumerate((*_WAITS, None), start=1):
         try:
@@ -46,7 +60,7 @@ def patiently(action: Callable[[], Result], what: str, sleep: Callable[[float], 
         except CorpusError:
             raise
         except Exception as error:
-            if wait is None or isinstance(error, _FINAL):
+            if wait is None or isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
                 tries = "" if attempt == 1 else f" after {attempt} tries"
                 raise CorpusError(f"{what}{tries}: {one_line(error)}") from error
             log.warning("%s: %s; trying again in %.1f s", what, one_line(error), wait)
@@ -58,6 +72,8 @@ def one_line(error: BaseException) -> str:
     """The cause as one line, never empty."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
 
@@ -81,7 +97,8 @@ class Folder:
         """The bytes [start, stop) of a file, all of it by default. CorpusError: they are not to be had."""
 
         def fetch() -> Any:  # bytes; fsspec says str | bytes
-            return self.fs.cat_file(self.path(name), start=start, end=stop)
+            # from 0: asked for a whole file, s3fs asks for its size first
+            return self.fs.cat_file(self.path(name), start=start or 0, end=stop)
 
         return patiently(fetch, f"cannot read {self.url}/{name}")
 

@@ -41,15 +41,13 @@ class TaskOptions(BaseModel):
     examples: int = Field(default=0, ge=0)
 
 
-class InductionHeadsOptions(TaskOptions):
+class RecallOptions(TaskOptions):
     """`score`: the training targets that count: the answer, or every next token (as H3's code trains)."""
 
     score: Literal["answer", "all"] = "answer"
 
 
-class AssociativeRecallOptions(TaskOptions):
-    """`score`: as of induction heads."""
-
+class AssociativeRecallOptions(RecallOptions):
     vocabulary: int = Field(default=20, ge=4)
     score: Literal["answer", "all"] = "all"
 
@@ -80,7 +78,7 @@ class TasksConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    induction_heads: InductionHeadsOptions = InductionHeadsOptions()
+    induction_heads: RecallOptions = RecallOptions()
     selective_copying: SelectiveCopyingOptions = SelectiveCopyingOptions()
     associative_recall: AssociativeRecallOptions = AssociativeRecallOptions()
     mqar: MqarOptions = MqarOptions()
@@ -143,7 +141,7 @@ class Task(Corpus, ABC):
     @property
     def scores_all(self) -> bool:
         """Whether training asks for every next token and not for the answers alone."""
-        return False
+        return isinstance(self.common, RecallOptions) and self.common.score == "all"
 
     def num_targets(self, split: str) -> int:
         """Targets of one example that count."""
@@ -188,13 +186,9 @@ class InductionHeads(Task):
 
     name = "induction-heads"
 
-    def __init__(self, options: InductionHeadsOptions, context: int) -> None:
+    def __init__(self, options: RecallOptions, context: int) -> None:
         self.options = options
         super().__init__(options, context)
-
-    @property
-    def scores_all(self) -> bool:
-        return self.options.score == "all"
 
     def misfit(self, length: int) -> str | None:
         return None if length >= 4 else "take 4 or more"
@@ -220,10 +214,6 @@ class AssociativeRecall(Task):
     def __init__(self, options: AssociativeRecallOptions, context: int) -> None:
         self.options = options
         super().__init__(options, context)
-
-    @property
-    def scores_all(self) -> bool:
-        return self.options.score == "all"
 
     def misfit(self, length: int) -> str | None:
         return None if length >= 4 and length % 2 == 0 else "take an even length, 4 or more"

@@ -14,6 +14,16 @@ from .documents import first_start
 _LEAST = 64  # shorter groups would cost more calls than they save
 
 
+def negligible_exponent(dtype: torch.dtype) -> float:
+    """exp of minus this is far below `dtype`'s epsilon: its 1.5th power (float32 4e-11, float64 3e-24)."""
+    return -1.5 * math.log(torch.finfo(dtype).eps)
+
+
+def suffix_sums(grad_sums_BT: Tensor) -> Tensor:
+    """Gradients of numbers from those of their running sums: each counts at its own token and at all later ones."""
+    return grad_sums_BT.flip(1).cumsum(1).flip(1)
+
+
 class NothingLeft(torch.autograd.Function):
     """`zeros`, as a function of tensors it does not depend on: their gradient is zero, not missing.
 
@@ -39,7 +49,7 @@ def reach_of_heads(log_decay_BTH: Tensor, dtype: torch.dtype, starts_BT: Tensor 
     _, length, heads = log_decay_BTH.shape
     if not length:
         return torch.zeros(heads, dtype=torch.long, device=log_decay_BTH.device)
-    alive_BTH = log_decay_BTH.detach().double().cumsum(1) > 1.5 * math.log(torch.finfo(dtype).eps)
+    alive_BTH = log_decay_BTH.detach().double().cumsum(1) > -negligible_exponent(dtype)
     tokens_T = torch.arange(1, length + 1, device=log_decay_BTH.device)
     if starts_BT is not None:
         alive_BTH = alive_BTH & (tokens_T <= first_start(starts_BT).unsqueeze(1)).unsqueeze(2)

@@ -7,8 +7,19 @@ either direction, without a scan over a third dimension and without scratch memo
 # The type checker takes triton.language.static_range for something that cannot be iterated.
 # pyright: reportGeneralTypeIssues=false
 
+import torch
 import triton
 import triton.language as tl
+
+from .triton_support import interpreting
+
+_DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def dot_type(dtype: torch.dtype) -> tl.dtype:
+    """What operands of matrix products are rounded to: the tensors' own dtype. The interpreter multiplies in float32,
+    since its half-precision products are wrong."""
+    return tl.float32 if interpreting() else _DOT_TYPES[dtype]
 
 
 @triton.jit
@@ -56,3 +67,10 @@ def load_keeps(starts, first, stop, TILE: tl.constexpr):
             start = tl.load(starts + first + j, mask=first + j < stop, other=0)
             keeps = keeps + (tl.where(start != 0, 0.0, 1.0),)  # noqa: RUF005
     return keeps
+
+
+@triton.jit
+def load_tile(x, rows, row_stride, row_mask, columns, column_stride, column_mask, DOT: tl.constexpr):
+    """A block of a matrix, zero outside, as an operand of products; the caller may exchange rows and columns."""
+    at = x + rows[:, None] * row_stride + columns[None, :] * column_stride
+    return tl.load(at, mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32).to(DOT)

@@ -3,7 +3,7 @@
 from .build import build_model
 from .config import ConfigError, ModelConfig, one_line
 from .language_model import LanguageModel, Losses
-from .parameters import initialise, weight_decayed
+from .parameters import initialise, kept_in_float32, weight_decayed
 from .plan import PlanError
 from .presets import list_presets, load_preset
 
@@ -15,6 +15,7 @@ __all__ = [
     "PlanError",
     "build_model",
     "initialise",
+    "kept_in_float32",
     "list_presets",
     "load_preset",
     "one_line",

@@ -58,6 +58,12 @@ class Block(nn.Module):
             x_BTD = x_BTD + y_BTD
         return x_BTD, x_BTD.new_zeros(()) if loss is None else loss, added
 
+    def end_step(self) -> None:
+        """See `Mixer.end_step`."""
+        self.mixer.end_step()
+        if self.feed_forward is not None:
+            self.feed_forward.end_step()
+
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:
         second = self.feed_forward.init_state(batch, device, dtype) if self.feed_forward is not None else {}
         return {"mixer": self.mixer.init_state(batch, device, dtype), "feed_forward": second}

@@ -42,11 +42,11 @@ class ChannelMix(FeedForward):
         width, hidden = place.width, options.hidden or 4 * place.width
         remaining = 1 - place.index / place.num_layers
         mix = channel_powers(remaining if options.receptance else remaining**4)
-        self.mix_key = self.parameter("mix_key", (width,), mix)
+        self.mix_key = self.parameter("mix_key", (width,), mix, half=True)
         self.key = Linear(width, hidden, orthogonal() if options.receptance else fan_in_uniform(0.5))
         self.value = Linear(hidden, width, constant(0.0))
         gated = options.receptance
-        self.mix_receptance = self.parameter("mix_receptance", (width,), mix) if gated else None
+        self.mix_receptance = self.parameter("mix_receptance", (width,), mix, half=True) if gated else None
         self.receptance = Linear(width, width, constant(0.0)) if gated else None
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> tuple[Tensor, None]:

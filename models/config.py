@@ -38,6 +38,8 @@ class ModelConfig(MixerGroups, FeedForwardGroups):
         tie_embeddings: the output layer is the embedding.
         init_std: standard deviation of the embedding and of weights whose family says no better.
         embedding_std: that of the embedding where it differs.
+        logit_pull: adds half of this times the mean square of each token's largest logit to the loss, so that logits
+            stay small (RWKV-4: 1e-4).
         head_gain: the output layer begins orthogonal with this gain (RWKV: 0.5) and not normal.
         recompute: recompute each block's activations in the backward pass instead of keeping them: the same
             numbers, less memory, a third more time.
@@ -57,6 +59,7 @@ class ModelConfig(MixerGroups, FeedForwardGroups):
     init_std: float = Field(default=0.02, gt=0)
     embedding_std: float | None = Field(default=None, gt=0)
     head_gain: float | None = Field(default=None, gt=0)
+    logit_pull: float = Field(default=0.0, ge=0)
     recompute: bool = False
 
     @field_validator("layers", mode="before")

@@ -41,6 +41,9 @@ class FeedForward(ParameterModule, ABC):
         """Parameters that one token does not meet."""
         return 0
 
+    def end_step(self) -> None:
+        """After an optimiser step: what a layer adapts by other means than gradients. Every process calls it."""
+
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
         """The state before the first token; most layers have none."""
         return {}

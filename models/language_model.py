@@ -17,7 +17,7 @@ from .block import Block, BlockState
 from .config import ModelConfig
 from .experts import SwiGLUExperts
 from .mixers.base import Shared
-from .parameters import Embedding, Linear, make_norm, normal, orthogonal
+from .parameters import Embedding, Linear, at_least_float32, make_norm, normal, orthogonal
 
 IGNORED = -100
 """Targets with this value count nowhere."""
@@ -29,8 +29,8 @@ class Losses(NamedTuple):
     """Scalars, the same on every process.
 
     Attributes:
-        total: what to minimise: their sum. Its backward gives each process its part of the gradient; the sum of the
-            parts over all processes that hold tokens is the gradient.
+        total: what to minimise: their sum, and what `logit_pull` adds. Its backward gives each process its part of the
+            gradient; the sum of the parts over all processes that hold tokens is the gradient.
         cross_entropy: nats, mean over all valid targets of the step.
         routers: losses of the experts' routers, already weighted.
     """
@@ -86,7 +86,13 @@ class LanguageModel(nn.Module):
             hidden_BTD.flatten(0, 1), self.output_weight, targets_BT.flatten(), ignore_index=IGNORED
         )
         cross_entropy = global_sum(summed, shard) / global_sum(valid, shard).clamp(min=1).to(summed.dtype)
-        return Losses(cross_entropy + routers, cross_entropy, routers)
+        total = cross_entropy + routers
+        if self.config.logit_pull:
+            largest_N = largest_logits(hidden_BTD.flatten(0, 1), self.output_weight)
+            count = valid.new_tensor(float(largest_N.numel()))
+            mean_square = global_sum(largest_N.square().sum(), shard) / global_sum(count, shard).to(largest_N.dtype)
+            total = total + 0.5 * self.config.logit_pull * mean_square
+        return Losses(total, cross_entropy, routers)
 
     def logits(self, tokens_BT: Tensor, shard: SequenceShard | None = None) -> Tensor:
         """Scores (B, T, V) of the next token after each of this shard's tokens."""
@@ -163,7 +169,12 @@ class LanguageModel(nn.Module):
     def end_step(self) -> None:
         """To be called on every process after an optimiser step: layers that also adapt otherwise do so now."""
         for block in self._blocks():
-            block.mixer.end_step()
+            block.end_step()
+
+    @property
+    def labels(self) -> list[str]:
+        """The blocks' names in a communication ledger."""
+        return [block.label for block in self._blocks()]
 
     def expert_modules(self) -> list[nn.Module]:
         """The modules whose parameters have the experts as their first dimension."""
@@ -210,3 +221,11 @@ class LanguageModel(nn.Module):
         if tokens_BT.shape[1] != shard.local_length:
             raise ValueError(f"{tokens_BT.shape[1]} tokens were given; the shard holds {shard.local_length}")
         return shard
+
+
+def largest_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """Each token's largest logit (N,), float32 or wider, differentiable; the logits are never whole."""
+    with torch.no_grad():
+        pieces = [F.linear(part, weight_VD).argmax(-1) for part in hidden_ND.split(SCORED_AT_ONCE)]
+        likeliest_N = torch.cat(pieces) if pieces else hidden_ND.new_zeros(0, dtype=torch.int64)
+    return (at_least_float32(hidden_ND) * at_least_float32(weight_VD[likeliest_N])).sum(-1)

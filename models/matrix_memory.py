@@ -22,13 +22,20 @@ def matrix_memory(
     a_BTHN: Tensor,
     b_BTHN: Tensor,
     shard: SequenceShard,
-) -> Tensor:
-    """y (B, T, H, N) at this shard's tokens; the memory is empty where a document begins."""
+    initial_BHNN: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, N) at this shard's tokens, and the memory after the last; it is empty where a document begins.
+
+    `initial_BHNN`: the memory before the sequence, where there is one, the same on every process.
+    """
     sequences = (r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, a_BTHN, b_BTHN)
-    starts_BT, entering_BHNN = shard.start_mask(r_BTHN.device), None
+    initial_BHNN = initial_BHNN if shard.rank == 0 else None
+    starts_BT, entering_BHNN = shard.start_mask(r_BTHN.device), initial_BHNN
     if shard.size > 1:
-        _, own_BHNN = wkv7(*sequences, document_starts=starts_BT)
+        _, own_BHNN = wkv7(*sequences, initial_state=initial_BHNN, document_starts=starts_BT)
         transition = Dense(wkv7_transition(log_w_BTHN, a_BTHN, b_BTHN), shard.reset_mask(r_BTHN.device))
         # memories are values by keys and transitions act on keys: the prefix is over transposed memories
         entering_BHNN = prefix_state(transition, own_BHNN.mT.contiguous(), shard).mT
-    return wkv7(*sequences, initial_state=entering_BHNN, document_starts=starts_BT)[0]
+        if initial_BHNN is not None:
+            entering_BHNN = entering_BHNN + initial_BHNN
+    return wkv7(*sequences, initial_state=entering_BHNN, document_starts=starts_BT)

@@ -32,9 +32,18 @@ class ParameterModule(nn.Module):
         super().__init__()
         self.initialisers: dict[str, Initialiser] = {}
         self.undecayed: set[str] = set()
+        self.halved: set[str] = set()
+        self.rate_multiples: dict[str, float] = {}
 
     def parameter(
-        self, name: str, shape: Sequence[int], init: Initialiser, *, decay: bool | None = None
+        self,
+        name: str,
+        shape: Sequence[int],
+        init: Initialiser,
+        *,
+        decay: bool | None = None,
+        half: bool = False,
+        rate: float = 1.0,
     ) -> nn.Parameter:
         """Register and return an uninitialised parameter.
 
@@ -42,12 +51,19 @@ class ParameterModule(nn.Module):
             shape: the full shape.
             init: called by `initialise` with the full shape and a generator of this parameter's own.
             decay: whether weight decay applies; by default to matrices and not to vectors.
+            half: in mixed precision it computes in the half type of the activations that it multiplies. By default it
+                stays in float32: what makes decays, step sizes, poles, filters, norms and routers must.
+            rate: its learning rate as a multiple of the run's.
         """
         parameter = nn.Parameter(torch.empty(*shape))
         self.register_parameter(name, parameter)
         self.initialisers[name] = init
         if not (len(shape) >= 2 if decay is None else decay):
             self.undecayed.add(name)
+        if half:
+            self.halved.add(name)
+        if rate != 1:
+            self.rate_multiples[name] = rate
         return parameter
 
     def buffer(self, name: str, shape: Sequence[int], init: Initialiser) -> Tensor:
@@ -83,6 +99,26 @@ def weight_decayed(model: nn.Module) -> set[str]:
         if isinstance(module, ParameterModule):
             names |= {_join(prefix, name) for name in module.initialisers if name not in module.undecayed}
     return names
+
+
+def learning_rates(model: nn.Module) -> dict[str, float]:
+    """Full names of the parameters whose learning rate is a multiple of the run's, and the multiple."""
+    return {
+        _join(prefix, name): rate
+        for prefix, module in model.named_modules()
+        if isinstance(module, ParameterModule)
+        for name, rate in module.rate_multiples.items()
+    }
+
+
+def kept_in_float32(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that mixed precision leaves in float32; see `ParameterModule.parameter`."""
+    kept = set()
+    for module in model.modules():
+        if isinstance(module, ParameterModule):
+            own = module.named_parameters(recurse=False)
+            kept |= {parameter for name, parameter in own if name not in module.halved}
+    return kept
 
 
 def _declared(model: nn.Module) -> Iterator[tuple[str, Tensor, Initialiser]]:
@@ -138,17 +174,27 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class Linear(ParameterModule):
-    """y = x W' + b. `weight`: (F, D); `bias`: (F,), absent unless asked for, and zero at first unless said."""
+    """y = x W' + b. `weight`: (F, D); `bias`: (F,), absent unless asked for, and zero at first unless said.
+
+    In the dtype of the weight: with `half` that of the activations, without it float32 even in mixed precision.
+    """
 
     def __init__(
-        self, in_dim: int, out_dim: int, init: Initialiser, *, bias: bool = False, bias_init: Initialiser | None = None
+        self,
+        in_dim: int,
+        out_dim: int,
+        init: Initialiser,
+        *,
+        bias: bool = False,
+        bias_init: Initialiser | None = None,
+        half: bool = True,
     ) -> None:
         super().__init__()
-        self.weight = self.parameter("weight", (out_dim, in_dim), init)
-        self.bias = self.parameter("bias", (out_dim,), bias_init or constant(0.0)) if bias else None
+        self.weight = self.parameter("weight", (out_dim, in_dim), init, half=half)
+        self.bias = self.parameter("bias", (out_dim,), bias_init or constant(0.0), half=half) if bias else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return F.linear(x_BTD, self.weight, self.bias)
+        return F.linear(x_BTD.to(self.weight.dtype), self.weight, self.bias)
 
 
 class Embedding(ParameterModule):
@@ -156,7 +202,7 @@ class Embedding(ParameterModule):
 
     def __init__(self, vocab_size: int, width: int, std: float) -> None:
         super().__init__()
-        self.weight = self.parameter("weight", (vocab_size, width), normal(std))
+        self.weight = self.parameter("weight", (vocab_size, width), normal(std), half=True)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return F.embedding(tokens_BT, self.weight)
@@ -193,7 +239,8 @@ class LayerNorm(ParameterModule):
         self.eps = eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return F.layer_norm(x_BTD, self.weight.shape, self.weight, self.bias, self.eps)
+        wide_BTD = x_BTD.to(self.weight.dtype)
+        return F.layer_norm(wide_BTD, self.weight.shape, self.weight, self.bias, self.eps).to(x_BTD.dtype)
 
 
 def make_norm(kind: str, width: int, eps: float) -> RMSNorm | LayerNorm:

@@ -150,6 +150,16 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=120, metavar="SECONDS", help="how long to wait for its end")
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the experiment")
+    _add_overrides(parser)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the config's)")
+    parser.add_argument("--memory", metavar="SIZE", help="of a device, such as 80GiB; what exceeds it is said")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="what the processes will compute on (default: as here)"
+    )
+
+
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources", metavar="SOURCE", nargs="+", help="files, folders, globs or URLs of text, JSONL, Parquet or FASTA"
@@ -229,6 +239,18 @@ COMMANDS = (
         "what a run's processes send each other in a step, and how long they wait",
         "longstride communication runs/quickstart-20261122-101500 --by layer",
         _add_communication,
+    ),
+    Command(
+        "track",
+        "send what MLflow missed of a run, as when its server was away",
+        "longstride track runs/quickstart-20261122-101500 tracking.uri=http://10.0.0.9:5000",
+        _add_evaluate,
+    ),
+    Command(
+        "plan",
+        "say what a run will take: meshes, memory, arithmetic, messages",
+        "longstride plan configs/quickstart.yaml --workers 4 --memory 80GiB data.context=65536",
+        _add_plan,
     ),
     Command(
         "prepare",

@@ -25,10 +25,11 @@ from typing import Any
 import ray
 import torch
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError
 
 from .failures import one_line
-from .placement import Device
+from .placement import BUNDLE, Device
 from .stopping import postponed, undisturbed
 
 # Ray rewrites 127.0.0.1 to the host's own address and then waits for itself; its neighbours stay as they are.
@@ -87,6 +88,12 @@ class Cluster:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus, gpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("CPU", "GPU"))
         return Resources(len(nodes), cpus, gpus)
+
+    def ask_for(self, workers: int, device: Device) -> None:
+        """Tells the cluster's autoscaler, where it has one, how many workers wait for a place; 0 takes it back."""
+        if not self.local and ray.is_initialized():
+            with contextlib.suppress(Exception):  # a wish: a cluster that cannot take it grants none
+                request_resources(bundles=[BUNDLE[device]] * workers)
 
 
 @contextlib.contextmanager

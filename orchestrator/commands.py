@@ -15,7 +15,9 @@ from .generation import generate
 from .interchange import export, import_
 from .job_commands import logs, prepare, status, stop, submit
 from .launch import go_on, start
+from .plan import plan
 from .tables import amount_of_bytes, columns
+from .track import track
 
 __all__ = [
     "checkpoints",
@@ -25,12 +27,14 @@ __all__ = [
     "generate",
     "import_",
     "logs",
+    "plan",
     "prepare",
     "resume",
     "runs",
     "status",
     "stop",
     "submit",
+    "track",
     "train",
 ]
 
@@ -124,7 +128,7 @@ def _row(run: RunDirectory) -> tuple[str, ...]:
         f"{last.step if last else 0}/{experiment.train.steps}",
         f"{last.loss:.4f}" if last else "-",
         f"{validations[-1]:.4f}" if validations else "-",
-        f"{experiment.data.context:,}",
+        f"{experiment.stage_after(last.step if last else 0).context:,}",
         created,
     )
 

@@ -15,7 +15,7 @@ from .failures import EchoOfMistake, is_mistake
 from .tables import columns
 
 # However the run was trained: its sequences are split over the processes that there are now, which may be one.
-_HERE = ("parallel.replicate=1", "parallel.data=1", "parallel.expert=auto", "train.canonical=0")
+_HERE = ("parallel.replicate=1", "parallel.data=1", "parallel.expert=auto", "train.canonical=0", "data.schedule=null")
 
 
 def evaluate(arguments: Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`longstride generate`: a run's newest weights continue prompts."""
+"""`longstride generate`: a run's newest weights continue prompts, which processes of torchrun read together."""
 
 from __future__ import annotations
 
@@ -7,37 +7,58 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from ..data import Tokenizer
+from ..parallel import Mesh
 from ..workers import Experiment, find_run
 from ..workers.configuration import validate
 from ..workers.evaluate import load_run
-from ..workers.generate import SampleConfig, continuation, continuations, prompt_tokens
-from ..workers.interchange import run_tokenizer
+from ..workers.generate import SampleConfig, continuation, continuations, prompt_tokens, readers
+from ..workers.run_tokenizer import run_tokenizer
+from . import launcher
+from .failures import EchoOfMistake, is_mistake
 
 # UTF-8 needs at most four bytes a character: more are not waited for.
 LONGEST_CHARACTER = 4
 
 
 def generate(arguments: Namespace) -> int:
+    """Every process of a launcher comes here; the first one speaks."""
+    try:
+        with readers(launcher.rank(), launcher.world_size()) as mesh:
+            _answer(arguments, mesh)
+    except Exception as error:
+        if launcher.rank() and is_mistake(error):
+            raise EchoOfMistake from None
+        raise
+    return 0
+
+
+def _answer(arguments: Namespace, mesh: Mesh | None) -> None:
     """One prompt is answered as its tokens come, several one after the other, decoded together."""
+    first = mesh is None or mesh.rank == 0
     run = find_run(arguments.run)
     experiment = Experiment.resume(run)
     chosen = {name: getattr(arguments, name) for name in SampleConfig.model_fields if name != "prompt"}
     given = {name: value for name, value in chosen.items() if value is not None}
     config = validate(SampleConfig, experiment.sample.model_dump() | given)
     trained = load_run(run, experiment)
-    for line in trained.notes:
+    for line in trained.notes if first else ():
         print(f"note: {line}", file=sys.stderr)
     tokenizer = run_tokenizer(run, trained.corpus)
     prompts = [prompt_tokens(trained.corpus, prompt, tokenizer) for prompt in arguments.prompt]
     if len(prompts) > 1:
-        for prompt, tokens in zip(prompts, continuations(trained.model, prompts, config), strict=True):
+        answers = continuations(trained.model, prompts, config, mesh, vocabulary=tokenizer.vocab_size)
+        for prompt, tokens in zip(prompts, answers, strict=True) if first else ():
             print(f"{tokenizer.decode(prompt)}{tokenizer.decode(tokens)}\n")
-        return 0
+        return
+    tokens = continuation(trained.model, prompts[0], config, mesh, vocabulary=tokenizer.vocab_size)
+    pieces = _pieces(tokenizer, tokens)
+    if not first:
+        assert not list(pieces)
+        return
     print(tokenizer.decode(prompts[0]), end="", flush=True)
-    for text in _pieces(tokenizer, continuation(trained.model, prompts[0], config)):
+    for text in pieces:
         print(text, end="", flush=True)
     print()
-    return 0
 
 
 def _pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:

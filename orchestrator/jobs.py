@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import shlex
@@ -16,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +35,7 @@ CONFIG_FILE = "experiment.yaml"
 STOP_SECONDS = 600
 POLL_SECONDS = 0.5
 REACH_SECONDS = 10.0
+AGENT_SECONDS = 60.0
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
@@ -58,13 +60,15 @@ class Jobs:
         with tempfile.TemporaryDirectory(prefix="longstride-job-") as directory, self._explained():
             pack(experiment, Path(directory))
             words = [python, "-m", "longstride.orchestrator", "train", CONFIG_FILE, "--continue", "--address", "auto"]
-            self._client.submit_job(
+            submit = functools.partial(
+                self._client.submit_job,
                 # Without a shell in between the signal to stop reaches the driver itself.
                 entrypoint=f"exec {shlex.join(words)}",
                 submission_id=name,
                 runtime_env={"working_dir": directory, "env_vars": job_environment()},
                 metadata={"run": f"{experiment.run.directory.rstrip('/')}/{experiment.run.name}"},
             )
+            _once_ready(submit)
         return name
 
     def list(self) -> list[Any]:
@@ -170,6 +174,19 @@ def check_address(address: str) -> str:
     if parts.username or parts.password:
         raise ValueError("--address holds credentials; take them out of the URL and set RAY_AUTH_TOKEN instead")
     return address.rstrip("/")
+
+
+def _once_ready(submit: Callable[[], object]) -> None:
+    """Submits as soon as the cluster takes jobs: the agents that do come up some seconds after its dashboard."""
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            submit()
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_SECONDS)
 
 
 def _start_time(job: Any) -> int:

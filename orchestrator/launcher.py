@@ -28,6 +28,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if present() else 0
 
 
+def world_size() -> int:
+    """How many processes there are; 1 without a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if present() else 1
+
+
 def with_workers(overrides: list[str]) -> list[str]:
     """`overrides` with `workers` as launched. ValueError when the user asked for another number."""
     launched = os.environ["WORLD_SIZE"]

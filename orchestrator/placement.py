@@ -19,6 +19,7 @@ from .tables import columns
 
 Device = Literal["cpu", "cuda"]
 RESOURCE = {"cpu": "CPU", "cuda": "GPU"}
+BUNDLE: dict[Device, dict[str, float]] = {"cpu": {"CPU": 1.0}, "cuda": {"CPU": 1.0, "GPU": 1.0}}
 # The operator's label for nodes that are close to each other: `ray start --labels rack=r1`.
 RACK_LABEL = "rack"
 NODE_LABEL = "ray.io/node-id"
@@ -88,8 +89,9 @@ def draining() -> dict[str, int]:
 def reserved(nodes: list[Node], degrees: Degrees, device: Device) -> Iterator[Placement]:
     """Reserves a place for every worker of a mesh and gives them back on leaving. Raises Taken when they are gone."""
     where = arrange(nodes, degrees)
-    bundle: dict[str, Any] = {"CPU": 1.0} if device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
-    group = placement_group([bundle] * len(where), bundle_label_selector=[{NODE_LABEL: node.id} for node in where])
+    group = placement_group(
+        [BUNDLE[device]] * len(where), bundle_label_selector=[{NODE_LABEL: node.id} for node in where]
+    )
     try:
         if not group.wait(RESERVE_SECONDS):
             raise Taken

@@ -5,6 +5,7 @@ Nothing here knows Ray: nodes are plain values.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import lcm
@@ -35,13 +36,15 @@ def fit(experiment: Experiment, devices: int) -> Experiment | None:
 
     The groups of processes that work on different sequences are given up first, then the sequence degree: a process
     holds no longer a part of a sequence than it must. Every degree divides what it did (context, batch, experts), so
-    tokens per step and schedule stay.
+    tokens per step and schedule stay. With `data.schedule` every stage must divide, and is planned anew.
     """
     wanted = experiment.degrees
     if wanted.workers <= devices:
         return experiment
     if devices < 1:
         return None
+    if experiment.data.schedule is not None:
+        return _fit_schedule(experiment, devices)
     parts = experiment.train.canonical or experiment.data.context
     sequence = _largest_divisor(parts, min(wanted.sequence, devices))
     copies = _largest_divisor(experiment.data.batch, min(wanted.replicate * wanted.data, devices // sequence))
@@ -54,6 +57,16 @@ def fit(experiment: Experiment, devices: int) -> Experiment | None:
     degrees = {"replicate": replicate, "data": data, "sequence": sequence, "expert": expert}
     parallel = experiment.parallel.model_copy(update=degrees)
     return experiment.model_copy(update={"workers": replicate * data * sequence, "parallel": parallel})
+
+
+def _fit_schedule(experiment: Experiment, devices: int) -> Experiment | None:
+    free = {"replicate": 1, "data": "auto", "sequence": "auto", "expert": "auto"}
+    parallel = experiment.parallel.model_copy(update=free)
+    for workers in range(devices, 0, -1):
+        smaller = experiment.model_copy(update={"workers": workers, "parallel": parallel})
+        with contextlib.suppress(ValueError):
+            return Experiment.model_validate(smaller.model_dump())
+    return None
 
 
 def arrange(nodes: Iterable[Node], degrees: Degrees) -> list[Node]:

@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM in a run: the first asks for an end after the step at hand, with a checkpoint; the next ends it.
 
+SIGUSR1, with which Slurm can announce a job's end (`--signal=USR1@300`), asks for the same and never ends anything.
+
 Launchers pass a terminal's Ctrl-C on to processes that had it already, so an echo within a moment does not count.
 """
 
@@ -16,6 +18,7 @@ from .failures import Terminated
 
 ECHO_SECONDS = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_WARNING = signal.SIGUSR1
 
 
 class StopRequest:
@@ -36,7 +39,7 @@ class StopRequest:
         """Handles a signal: notes the first, raises KeyboardInterrupt or Terminated for the second."""
         if self.signal is None:
             self.note(number)
-        elif time.monotonic() - self._since > ECHO_SECONDS:
+        elif number != _WARNING and time.monotonic() - self._since > ECHO_SECONDS:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
     @property
@@ -47,12 +50,13 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stoppable(request: StopRequest) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM go to `request`."""
-    before = [signal.signal(number, request.receive) for number in _SIGNALS]
+    """Inside, SIGINT, SIGTERM and SIGUSR1 go to `request`."""
+    numbers = (*_SIGNALS, _WARNING)
+    before = [signal.signal(number, request.receive) for number in numbers]
     try:
         yield
     finally:
-        for number, handler in zip(_SIGNALS, before, strict=True):
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 

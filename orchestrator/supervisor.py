@@ -50,13 +50,19 @@ class Supervisor:
     _failures: int = field(default=0, init=False)
     _step: int = field(default=0, init=False)
     _offers: int = field(default=0, init=False)
+    _asked: int = field(default=0, init=False)
 
     def run(self, meeting: Rendezvous) -> Summary:
         """The run's summary, when all its steps are made or the user stopped it.
 
         Raises ValueError for a mistake the user can put right and RunFailed when the run cannot go on.
         """
-        device = self._device()
+        try:
+            return self._attempts(meeting, self._device())
+        finally:
+            self._ask_for(0, "cpu")
+
+    def _attempts(self, meeting: Rendezvous, device: Device) -> Summary:
         while True:
             experiment, nodes = self._plan(device)
             try:
@@ -94,6 +100,7 @@ class Supervisor:
 
         found = attempt()
         if isinstance(found, ValueError) and not local and recovery.wait_seconds:
+            self._ask_for(wanted, "cuda" if self.cluster.resources().gpus else "cpu")
             self.reporter.noted(f"{str(found).partition(': use ')[0]}: waiting up to {recovery.wait_seconds:.0f} s")
             deadline = time.monotonic() + recovery.wait_seconds
             while isinstance(found, ValueError) and time.monotonic() < deadline:
@@ -118,7 +125,10 @@ class Supervisor:
             soon = fit(wanted, sum(node.capacity for node in nodes))
             settled = time.monotonic() - began > SETTLE_SECONDS
             if now and (now.workers == wanted.workers or (self.elastic and (now == soon or settled))):
+                # What a smaller mesh lacks goes on being asked for.
+                self._ask_for(wanted.workers if now.workers < wanted.workers else 0, device)
                 return now, nodes
+            self._ask_for(wanted.workers, device)
             if time.monotonic() - began > wanted.recovery.wait_seconds:
                 raise RunFailed(f"no room within {wanted.recovery.wait_seconds:.0f} s: {self._missing(nodes, device)}")
             if not told and settled:
@@ -126,6 +136,12 @@ class Supervisor:
                 limit = f"waiting up to {wanted.recovery.wait_seconds:.0f} s"
                 self.reporter.noted(f"{self._missing(nodes, device)}: {limit}")
             time.sleep(PAUSE_SECONDS)
+
+    def _ask_for(self, workers: int, device: Device) -> None:
+        """See `Cluster.ask_for`; the wish of another program on the cluster stays while there is none of ours."""
+        if workers != self._asked:
+            self._asked = workers
+            self.cluster.ask_for(workers, device)
 
     def _missing(self, nodes: list[Node], device: Device) -> str:
         workers, kind = self.prepared.experiment.workers, RESOURCE[device]

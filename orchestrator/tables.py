@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -20,3 +23,11 @@ def amount_of_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def parse_amount(text: str) -> int:
+    """ "80GiB", "80G" or 85899345920 -> bytes, in powers of 1024. ValueError: it is none of these."""
+    match = _AMOUNT.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no amount of memory; write it as 80GiB")
+    return int(float(match[1]) * 1024 ** ["", "K", "M", "G", "T"].index(match[2].upper()))

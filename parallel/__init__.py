@@ -3,7 +3,7 @@
 from .attention import causal_attention
 from .canonical import CanonicalModel
 from .collectives import CommunicationError
-from .convolution import Filter, FiniteFilter, ModalFilter, begin_convolve, convolve
+from .convolution import Filter, FiniteFilter, ModalFilter, SharedFilter, begin_convolve, convolve
 from .experts import run_experts
 from .fsdp import clip_gradients, local_part, shard_model
 from .halo import halo
@@ -36,6 +36,7 @@ __all__ = [
     "PerChannel",
     "PerHead",
     "SequenceShard",
+    "SharedFilter",
     "Strategies",
     "Transition",
     "begin_convolve",

@@ -62,22 +62,35 @@ class CanonicalModel:
         """
         bounds = even_bounds(length, self.num_tiles)
         first = bounds[self.hub.tiles[0]]
+
+        def compute(tile: int) -> Result:
+            here = slice(bounds[tile] - first, bounds[tile + 1] - first)
+            replica = self._replicas[tile]
+            _copy_buffers(self.model, replica)
+            shard = self.shard(tile, length, documents, ledger)
+            return function(replica, tokens_BT[:, here].clone(), targets_BT[:, here].clone(), shard)
+
+        return self._on_every_tile(compute)
+
+    def end_step(self) -> None:
+        """The models' `end_step`: every tile adapts by what all tiles saw, and the model becomes what they are."""
+        self._on_every_tile(lambda tile: self._replicas[tile].end_step())  # type: ignore[operator]
+        _copy_buffers(self._replicas[self.hub.tiles[0]], self.model)
+
+    def _on_every_tile(self, compute: Callable[[int], Result]) -> Result:
+        """Run as threads, which may speak to each other; the first tile's result."""
         results: dict[int, Result] = {}
         errors: dict[int, BaseException] = {}
+        grad_enabled = torch.is_grad_enabled()
 
         def work(tile: int) -> None:
-            here = slice(bounds[tile] - first, bounds[tile + 1] - first)
-            shard = self.shard(tile, length, documents, ledger)
             try:
                 with torch.set_grad_enabled(grad_enabled):
-                    results[tile] = function(
-                        self._replicas[tile], tokens_BT[:, here].clone(), targets_BT[:, here].clone(), shard
-                    )
+                    results[tile] = compute(tile)
             except BaseException as error:
                 errors[tile] = error
                 self.hub.fail()
 
-        grad_enabled = torch.is_grad_enabled()
         threads = [threading.Thread(target=work, args=(tile,), daemon=True) for tile in self.hub.tiles]
         for thread in threads:
             thread.start()
@@ -104,3 +117,10 @@ def _replica(model: nn.Module) -> nn.Module:
     """A copy of the model over the same storage, with gradients of its own."""
     memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo)
+
+
+def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Replicas have buffers of their own: each adapts them in `end_step`."""
+    with torch.no_grad():
+        for theirs, ours in zip(source.buffers(), target.buffers(), strict=True):
+            ours.copy_(theirs)

@@ -77,31 +77,72 @@ def exchange_in(
     """`exchange` over any group (the expert group, say)."""
     if group is None:
         return Pending(None, lambda: [parts[0]], shard, motion)
-    me = group_rank(group)
     send_sizes = [part.numel() for part in parts]
     receive_sizes = [torch.Size(shape).numel() for shape in receive_shapes]
-    width = parts[0].element_size()
-    shard.ledger.record(
-        motion,
-        shard.layer,
-        sent=width * (sum(send_sizes) - send_sizes[me]),
-        received=width * (sum(receive_sizes) - receive_sizes[me]),
-    )
     if isinstance(group, VirtualGroup):
+        _record(group, send_sizes, receive_sizes, parts[0].element_size(), shard, motion)
         arrived = group.exchange(parts, receive_shapes)
         return Pending(None, lambda: arrived, shard, motion)
+    outgoing = parts[0].new_empty(sum(send_sizes))
+    for part, place in zip(parts, outgoing.split(send_sizes), strict=True):
+        place.view(part.shape).copy_(part)
+    pending = _exchange_flat(group, outgoing, send_sizes, receive_sizes, shard, motion)
+
+    def finish() -> list[Tensor]:
+        pieces = pending.finish().split(receive_sizes)
+        return [piece.view(*shape) for piece, shape in zip(pieces, receive_shapes, strict=True)]
+
+    return Pending(pending.work, finish, shard, motion)
+
+
+def exchange_rows(
+    group: Group | None,
+    rows_MD: Tensor,
+    send_rows: list[int],
+    receive_rows: list[int],
+    shard: SequenceShard,
+    motion: str,
+) -> Pending[Tensor]:
+    """Of consecutive rows, `send_rows[p]` to process p; all that arrive, in the senders' order. Nothing is copied."""
+    if group is None or isinstance(group, VirtualGroup):
+        shapes = [(count, *rows_MD.shape[1:]) for count in receive_rows]
+        parts = exchange_in(group, rows_MD.split(send_rows), shapes, shard, motion)
+        return Pending(parts.work, lambda: torch.cat(parts.finish()), shard, motion)
+    width = rows_MD.shape[1:].numel()
+    send_sizes, receive_sizes = [count * width for count in send_rows], [count * width for count in receive_rows]
+    pending = _exchange_flat(group, rows_MD.reshape(-1), send_sizes, receive_sizes, shard, motion)
+    return Pending(pending.work, lambda: pending.finish().view(-1, *rows_MD.shape[1:]), shard, motion)
+
+
+def _exchange_flat(
+    group: dist.ProcessGroup,
+    outgoing: Tensor,
+    send_sizes: list[int],
+    receive_sizes: list[int],
+    shard: SequenceShard,
+    motion: str,
+) -> Pending[Tensor]:
+    """Consecutive numbers of one tensor to every process; all that arrive."""
+    _record(group, send_sizes, receive_sizes, outgoing.element_size(), shard, motion)
     if shard.checked:
-        verify_exchange(group, parts[0].dtype, send_sizes, receive_sizes, motion)
-    outgoing = torch.cat([part.reshape(-1) for part in parts])
+        verify_exchange(group, outgoing.dtype, send_sizes, receive_sizes, motion)
     incoming = outgoing.new_empty(sum(receive_sizes))
     work = dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes, group=group, async_op=True)
 
-    def finish() -> list[Tensor]:
+    def finish() -> Tensor:
         assert outgoing is not None  # kept alive until the message has left
-        pieces = incoming.split(receive_sizes)
-        return [piece.view(*shape) for piece, shape in zip(pieces, receive_shapes, strict=True)]
+        return incoming
 
     return Pending(work, finish, shard, motion)
+
+
+def _record(
+    group: Group, send_sizes: list[int], receive_sizes: list[int], width: int, shard: SequenceShard, motion: str
+) -> None:
+    """What goes to and comes from others, of numbers of `width` bytes."""
+    me = group_rank(group)
+    sent, received = sum(send_sizes) - send_sizes[me], sum(receive_sizes) - receive_sizes[me]
+    shard.ledger.record(motion, shard.layer, sent=width * sent, received=width * received)
 
 
 def gather(x: Tensor, shard: SequenceShard, motion: str) -> Pending[Tensor]:

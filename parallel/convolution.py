@@ -25,6 +25,9 @@ from .transitions import Constant
 
 FORMS = ("channels", "length", "halo", "state")
 
+FLOPS_PER_NUMBER = 200
+"""Operations that take as long as sending a number: some dozens over gloo, some hundreds between GPUs of a node."""
+
 
 class Filter(Protocol):
     """A filter that any process can evaluate at any lags, for any slice of its channels."""
@@ -63,6 +66,17 @@ class ModalFilter:
         return (taps_DK.real if taps_DK.is_complex() else taps_DK).to(self.residues_DN.real.dtype)
 
 
+@dataclass(frozen=True)
+class SharedFilter:
+    """A filter that takes `shared_flops` operations a lag before its channels part (a network of the position)."""
+
+    evaluate: Filter
+    shared_flops: float
+
+    def __call__(self, lags_K: Tensor, channels: slice) -> Tensor:
+        return self.evaluate(lags_K, channels)
+
+
 def convolve(
     u_BTD: Tensor, filter: Filter, shard: SequenceShard, *, skip: Tensor | None = None, form: str | None = None
 ) -> Tensor:
@@ -74,7 +88,8 @@ def convolve(
         form: how it travels; by default what the shard asks for, "auto" choosing the fewest bytes (modal filters and
             short finite ones have one form of their own and keep it, whatever the shard asks for).
             "channels": to a split along channels (all-to-all), by FFT at full length there, and back;
-                2 T D (P - 1) / P numbers per process and direction, 1 / P of the filter evaluated on each.
+                2 T D (P - 1) / P numbers per process and direction. Each evaluates its channels of the filter, or,
+                where that repeats much work on every process, its lags, for T D (P - 1) / P numbers more.
             "length": a distributed FFT; 6 T D (P - 1) / P numbers and as many again divided by 3 B for the filter, but
                 no process ever holds a full-length row. For few channels per process and very long rows.
             "halo": finite filters only; the K - 1 tokens before this shard.
@@ -138,10 +153,22 @@ def _by_channels(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tens
     bounds = even_bounds(num_channels, shard.size)
     mine = slice(bounds[shard.rank], bounds[shard.rank + 1])
     u_BLD = reshard(u_BTD, shard, to="channels")
-    filter_DL = filter(torch.arange(shard.length, device=u_BTD.device), mine)
+    filter_DL = _filter_of_channels(filter, mine, num_channels, shard, u_BTD.device)
     starts = shard.whole_start_mask(u_BTD.device)
     y_BLD = long_convolution(u_BLD, filter_DL, skip=None if skip is None else skip[mine], document_starts=starts)
     return reshard(y_BLD, shard, to="length", channels=num_channels)
+
+
+def _filter_of_channels(
+    filter: Filter, mine: slice, num_channels: int, shard: SequenceShard, device: torch.device
+) -> Tensor:
+    """(D of `mine`, L)."""
+    # forward, recomputed and backward, what the others compute as well, over the numbers sent in both directions
+    shared_flops = 2 * filter.shared_flops * shard.size if isinstance(filter, SharedFilter) else 0
+    if shard.size > 1 and shared_flops >= FLOPS_PER_NUMBER * num_channels:
+        taps_DT = filter(torch.arange(shard.start, shard.stop, device=device), slice(0, num_channels))
+        return reshard(taps_DT.t().unsqueeze(0), shard, to="channels").squeeze(0).t()
+    return filter(torch.arange(shard.length, device=device), mine)
 
 
 def _by_halo(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .collectives import exchange_in
+from .collectives import exchange_in, exchange_rows
 from .groups import group_size
 from .shard import SequenceShard
 
@@ -123,6 +123,5 @@ class _Send(torch.autograd.Function):
 
 
 def _exchange_rows(rows_MD: Tensor, route: _Route, motion: str) -> Tensor:
-    shapes = [(count, *rows_MD.shape[1:]) for count in route.receive_rows]
-    parts = list(rows_MD.split(route.send_rows))
-    return torch.cat(exchange_in(route.shard.expert_group, parts, shapes, route.shard, motion).wait())
+    shard = route.shard
+    return exchange_rows(shard.expert_group, rows_MD, route.send_rows, route.receive_rows, shard, motion).wait()

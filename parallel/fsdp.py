@@ -3,18 +3,27 @@
 Collectives only ever sum: the loss carries the scale (it is normalised by the global token count), so that the
 gradient is exact for any degrees, packed documents and experts that are sharded differently from the rest. This also
 avoids PREMUL_SUM, which gloo lacks, and the double division of torch 2.13 on meshes of one process.
+
+In mixed precision a layer's parameters are two groups: matrices are gathered in the half type that they compute in,
+what must stay in float32 (decays, step sizes, filters, norms, routers) in float32. FSDP2 gives a module one precision;
+the second group is made here as it makes them itself for parameters on different meshes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard
 
+from .fsdp_traffic import CountAllReduce, CountedAllGather, CountedReduceScatter
+from .ledger import CommunicationLedger
 from .mesh import Mesh
 
 
@@ -25,7 +34,10 @@ def shard_model(
     blocks: Sequence[nn.Module],
     experts: Sequence[nn.Module] = (),
     param_dtype: torch.dtype | None = None,
+    float32: Set[nn.Parameter] = frozenset(),
     forward_methods: Sequence[str] = ("loss", "logits"),
+    ledger: CommunicationLedger | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
     """Shard `model`'s parameters in place (they may be on the meta device).
 
@@ -34,27 +46,81 @@ def shard_model(
         experts: modules inside the blocks whose every parameter has the expert dimension first.
         param_dtype: dtype of computation (bfloat16, say); the sharded parameters and the gradient sums keep theirs
             (float32 or wider). None computes in the parameters' dtype.
+        float32: parameters that compute in their own dtype whatever `param_dtype` is.
         forward_methods: methods of `model` that run like its forward.
+        ledger: where the messages are counted, as "fsdp.all_gather", "fsdp.reduce_scatter" and "fsdp.all_reduce".
+        labels: the blocks' names there, by default their numbers; what is outside the blocks is "model".
 
     Raises:
         ValueError: experts, or their second dimension, are not divisible by the processes that share them.
     """
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
-    if mesh.expert_size > 1:
-        for module in experts:
+    reduce_dtype = torch.float32 if param_dtype else None
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    plan = _Plan(mesh.parameter_axes, policy, float32 if param_dtype else frozenset(), ledger)
+    names = dict(enumerate(labels))
+    for index, block in enumerate(blocks):
+        inside = [module for module in experts if any(module is part for part in block.modules())]
+        for module in inside if mesh.expert_size > 1 else ():
             _spread_experts(module, mesh)
-            fully_shard(
-                module, mesh=mesh.expert_parameter_axes, shard_placement_fn=lambda _: Shard(1), mp_policy=policy
-            )
-    for block in blocks:
-        fully_shard(block, mesh=mesh.parameter_axes, mp_policy=policy)
-    fully_shard(model, mesh=mesh.parameter_axes, mp_policy=policy)
+            plan.apply(module, names.get(index, str(index)), axes=mesh.expert_parameter_axes, dim=1)
+        plan.apply(block, names.get(index, str(index)))
+    plan.apply(model, "model")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     for method in forward_methods:
         register_fsdp_forward_method(model, method)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How every unit is sharded."""
+
+    axes: DeviceMesh
+    policy: MixedPrecisionPolicy
+    float32: Set[nn.Parameter]
+    ledger: CommunicationLedger | None
+
+    def apply(self, module: nn.Module, label: str, *, axes: DeviceMesh | None = None, dim: int = 0) -> None:
+        """`fully_shard` in dimension `dim`, the float32 parameters in a group of their own, every group counted."""
+        kept = {parameter for parameter in module.parameters() if parameter in self.float32}
+        placement: Callable[[nn.Parameter], Shard | None] | None = (lambda _: Shard(dim)) if dim else None
+        fully_shard(
+            module,
+            mesh=axes or self.axes,
+            shard_placement_fn=placement,
+            mp_policy=self.policy,
+            ignored_params=kept or None,
+        )
+        assert isinstance(module, FSDPModule)
+        groups = module._get_fsdp_state()._fsdp_param_groups
+        if kept:
+            groups.append(_group_beside(groups[0], [p for p in module.parameters() if p in kept]))
+        if self.ledger is None:
+            return
+        for group in groups:
+            group._all_gather_comm = CountedAllGather(self.ledger, label)
+            group._reduce_scatter_comm = CountedReduceScatter(self.ledger, label)
+            if (axes or self.axes).ndim > 1:
+                group._all_reduce_hook = CountAllReduce(self.ledger, label)
+
+
+def _group_beside(group: FSDPParamGroup, parameters: list[nn.Parameter]) -> FSDPParamGroup:
+    """Parameters of the same modules on the same processes that compute in their own dtype."""
+    for parameter in parameters:
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(group.device)
+    return FSDPParamGroup(
+        parameters,
+        group.modules,
+        group.mesh_info,
+        group.post_forward_mesh_info,
+        group.device,
+        None,
+        MixedPrecisionPolicy(),
+        group.offload_policy,
+    )
 
 
 def _spread_experts(module: nn.Module, mesh: Mesh) -> None:

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass
@@ -32,7 +32,6 @@ class LedgerRow:
         self.seconds_waited += other.seconds_waited
 
 
-@dataclass
 class CommunicationLedger:
     """Counts of bytes, calls and waiting, per motion and layer, of one process.
 
@@ -40,7 +39,9 @@ class CommunicationLedger:
     from the other processes, whatever algorithm the backend runs underneath.
     """
 
-    _rows: dict[tuple[str, str], LedgerRow] = field(default_factory=dict)
+    # Not a dataclass: mixed precision in FSDP2 hands copies of dataclasses to the model, whose counts would be lost.
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, str], LedgerRow] = {}
 
     def row(self, motion: str, layer: str) -> LedgerRow:
         """The row to add to; made at first use."""

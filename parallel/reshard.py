@@ -115,7 +115,8 @@ def _move(
         return (tensor.shape[0], length, width, *tensor.shape[3:])
 
     pairs = list(zip(tensors, bounds, strict=True))
-    parts = [torch.cat([outgoing(t, c, peer).reshape(-1) for t, c in pairs]) for peer in ranks]
+    blocks = [[outgoing(t, c, peer) for t, c in pairs] for peer in ranks]
+    parts = [row[0] if len(row) == 1 else torch.cat([block.reshape(-1) for block in row]) for row in blocks]
     shapes = [[incoming_shape(t, c, peer) for t, c in pairs] for peer in ranks]
     sizes = [[torch.Size(shape).numel() for shape in row] for row in shapes]
     flats = exchange(parts, [(sum(row),) for row in sizes], shard, motion).wait()

@@ -62,7 +62,7 @@ class CheckpointConfig(Settings):
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written; the message is one line."""
+    """A checkpoint could not be written or read; the message is one line."""
 
 
 class Checkpointer:
@@ -81,6 +81,7 @@ class Checkpointer:
         self.group = gloo_group()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._staged: dict[str, Tensor] = {}  # kept from save to save: fresh memory costs more than the copy
         self.last_saved: str | None = None
 
     def save(self, progress: Manifest, *, wait: bool = True) -> None:
@@ -95,8 +96,8 @@ class Checkpointer:
         if wait:
             self._write(tensors, progress)
             return
-        staged = {name: _copy(tensor) for name, tensor in tensors.items()}
-        self._thread = threading.Thread(target=self._write_aside, args=(staged, progress), daemon=True)
+        self._stage(tensors)
+        self._thread = threading.Thread(target=self._write_aside, args=(self._staged, progress), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -111,33 +112,39 @@ class Checkpointer:
     def latest(self) -> tuple[Checkpoint, Manifest, list[str]]:
         """The newest checkpoint that is whole, and one line for every newer one that is not.
 
-        All processes share the reading and come to the same answer. Raises NoCheckpoint when there is none.
+        All processes share the reading and come to the same answer. Raises NoCheckpoint when there is none, and
+        CheckpointError when the store cannot be reached: that says nothing about a checkpoint.
         """
         rejected: list[str] = []
         for name in self._from_first(lambda: [found.name for found in reversed(list_checkpoints(self.run))]):
             checkpoint = Checkpoint(self.run, name)
-            shares = self._gather(checkpoint.problems(self.rank, self.world_size))
+            shares = self._from_all(lambda checkpoint=checkpoint: checkpoint.problems(self.rank, self.world_size))
             problems = [problem for share in shares for problem in share]
             if not problems:
-                return checkpoint, checkpoint.read_manifest(), rejected
+                return checkpoint, self._from_first(checkpoint.read_manifest), rejected
             rejected.append(rejection(checkpoint, problems))
         raise NoCheckpoint(explain_none(self.run, rejected))
 
     def load(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         """Overwrites model, optimiser and random state. Call it with what `latest` returned.
 
-        Raises ValueError when the checkpoint holds another model.
+        Raises ValueError when the checkpoint holds another model, CheckpointError when it cannot be read.
         """
-        reader = RestrictedReader(checkpoint.storage.url)
+        reader = RestrictedReader(checkpoint.storage)
         tensors = self._tensors()
-        saved = reader.read_metadata().state_dict_metadata
+        found: list[Mapping[str, Any]] = []
+        self._from_all(lambda: found.append(reader.read_metadata().state_dict_metadata))
+        (saved,) = found
         check_fit(tensors, saved, checkpoint.name)
         own = f"{RANDOM}{self.rank}"
         stored = saved.get(own)
         # Another number of processes has no random state of its own in the checkpoint: it keeps its own.
         if manifest.world_size == self.world_size and isinstance(stored, TensorStorageMetadata):
             tensors[own] = torch.empty(stored.size, dtype=torch.uint8)
-        load(tensors, storage_reader=reader, process_group=self.group)
+        try:
+            load(tensors, storage_reader=reader, process_group=self.group)
+        except CheckpointException as error:
+            raise CheckpointError(f"checkpoint {checkpoint.name} was not read ({_first_failure(error)})") from error
         if own in tensors:
             set_random_state(tensors[own])
         if self.optimizer is not None:
@@ -147,6 +154,19 @@ class Checkpointer:
         """Everything but random state, as aliases of the live tensors."""
         return model_tensors(self.model) | optimizer_tensors(self.optimizer)
 
+    def _stage(self, tensors: dict[str, Tensor]) -> None:
+        """Copies to host memory, placed like the originals; pinned where they come from a GPU."""
+        for name, tensor in tensors.items():
+            part, staged = local(tensor), self._staged.get(name)
+            if staged is None or local(staged).shape != part.shape or local(staged).dtype != part.dtype:
+                empty = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+                # from_local would move the copy back to the mesh's device
+                placed = isinstance(tensor, DTensor)
+                self._staged[name] = DTensor(empty, tensor._spec, requires_grad=False) if placed else empty
+            local(self._staged[name]).copy_(part, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     def _write_aside(self, tensors: dict[str, Tensor], progress: Manifest) -> None:
         try:
             self._write(tensors, progress)
@@ -154,19 +174,23 @@ class Checkpointer:
             self._error = error
 
     def _write(self, tensors: dict[str, Tensor], progress: Manifest) -> None:
-        name = self._from_first(lambda: new_checkpoint(self.run, progress.step).name)
+        name = self._from_first(lambda: self._begin(progress.step))
         checkpoint = Checkpoint(self.run, name)
         writer = DigestingWriter(checkpoint.storage)
         try:
             save(tensors, storage_writer=writer, process_group=self.group)
         except CheckpointException as error:
-            rank, cause = next(iter(error.failures.items()))
-            raise CheckpointError(f"checkpoint {name} was not written (process {rank}: {cause[0]})") from error
+            raise CheckpointError(f"checkpoint {name} was not written ({_first_failure(error)})") from error
         files: dict[str, dict[str, Any]] = {}
         for written in self._gather(writer.digests()):
             files |= written
         self._from_first(lambda: self._commit(checkpoint, replace(progress, files=files)))
         self.last_saved = name
+
+    def _begin(self, step: int) -> str:
+        # What a resume will not compute again must be in the log before the checkpoint says so.
+        self.run.metrics.flush()
+        return new_checkpoint(self.run, step).name
 
     def _commit(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         for name, file in manifest.files.items():
@@ -188,6 +212,17 @@ class Checkpointer:
         if outcome[1] is not None:
             raise CheckpointError(outcome[1])
         return outcome[0]
+
+    def _from_all(self, work: Callable[[], ResultT]) -> list[ResultT]:
+        """What `work` returns on every process, on all; CheckpointError on all when it fails on one."""
+        try:
+            outcome: tuple[Any, str | None] = (work(), None)
+        except Exception as error:
+            outcome = (None, f"process {self.rank}: {error or type(error).__name__}")
+        outcomes = self._gather(outcome)
+        if failures := [failure for _, failure in outcomes if failure]:
+            raise CheckpointError(f"checkpoints of run {self.run.name}: {failures[0]}")
+        return [value for value, _ in outcomes]
 
     def _gather(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size
@@ -217,7 +252,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
 
     Raises ValueError when the checkpoint holds another model. It reads what is there: verify it first.
     """
-    reader = RestrictedReader(checkpoint.storage.url)
+    reader = RestrictedReader(checkpoint.storage)
     tensors = model_tensors(model)
     check_fit(tensors, reader.read_metadata().state_dict_metadata, checkpoint.name)
     with warnings.catch_warnings():
@@ -241,8 +276,6 @@ def check_fit(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], name: str
         raise ValueError(f"checkpoint {name} does not fit the model: the model has no {extra[0]}")
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory, placed like the original."""
-    copied = local(tensor).to("cpu", copy=True)
-    # from_local would move the copy back to the mesh's device
-    return DTensor(copied, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copied
+def _first_failure(error: CheckpointException) -> str:
+    rank, cause = next(iter(error.failures.items()))
+    return f"process {rank}: {cause[0]}"

@@ -39,7 +39,7 @@ _READ_SIZE = 1 << 20
 def digest_file(storage: Storage, name: str) -> dict[str, Any]:
     """{"bytes": length, "sha256": hexadecimal digest} of a file as it lies in storage."""
     sha256, length = hashlib.sha256(), 0
-    with storage.open(name, "rb") as stream:
+    with storage.explained(name), storage.open(name, "rb") as stream:
         while block := stream.read(_READ_SIZE):
             sha256.update(block)
             length += len(block)
@@ -55,9 +55,7 @@ class DigestingWriter(FsspecWriter):
 
     def __init__(self, storage: Storage, threads: int = 1) -> None:
         super().__init__(storage.url, sync_files=storage.local, overwrite=False, thread_count=threads)
-        self._digesting = _DigestingFileSystem()
-        self.fs = self._digesting
-        self.path = self.fs.init_path(storage.url)
+        self.fs = self._digesting = _DigestingFileSystem(storage)
 
     def digests(self) -> dict[str, dict[str, Any]]:
         """By file name, what this process wrote."""
@@ -68,13 +66,22 @@ class DigestingWriter(FsspecWriter):
 
 
 class RestrictedReader(FsspecReader):
-    """FsspecReader whose `.metadata` may hold nothing but DCP's own descriptions of tensors."""
+    """FsspecReader whose `.metadata` may hold nothing but DCP's own descriptions of tensors in files beside it."""
+
+    def __init__(self, storage: Storage) -> None:
+        super().__init__(storage.url)
+        self.fs.fs = storage.fs  # DCP opens its own, with other patience
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with self.fs.create_stream(self._get_metadata_path(), "rb") as stream:
             metadata = _RestrictedUnpickler(io.BytesIO(cast("IO[bytes]", stream).read())).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError("the checkpoint's .metadata does not describe a checkpoint")
+        for place in (metadata.storage_data or {}).values():
+            if place.relative_path != os.path.basename(place.relative_path):  # noqa: PTH119
+                raise pickle.UnpicklingError(
+                    f"the checkpoint's .metadata points outside of it, at {place.relative_path}; it is not loaded"
+                )
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -95,8 +102,9 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 class _DigestingFileSystem(FileSystem):
-    def __init__(self) -> None:
+    def __init__(self, storage: Storage) -> None:
         super().__init__()
+        self.fs = storage.fs
         self.written: dict[str, _DigestingStream] = {}
 
     @contextmanager

@@ -37,7 +37,8 @@ class Display:
         self._validation_loss: float | None = None
 
     def started(self, start: RunStart) -> None:
-        degrees = " x ".join(f"{name} {degree}" for name, degree in start.parallel.items() if degree > 1)
+        self.close()
+        degrees = mesh_name(start.parallel)
         split = f", {degrees}" if degrees else ""
         plural = "process" if start.workers == 1 else "processes"
         self._print(f"run {start.name} in {shorten(start.url)}")
@@ -47,6 +48,8 @@ class Display:
         )
         if start.step:
             self._print(f"continuing after step {start.step}")
+        if start.until < start.steps:
+            self._print(f"with this context until step {start.until} of {start.steps}")
         self._first_step, self._steps = start.step, start.steps
         self._began = self._clock()
         if self.console.is_terminal and self.console.width >= 60:
@@ -93,6 +96,11 @@ class Display:
     def _seconds_left(self, step: int) -> float:
         done = step - self._first_step
         return (self._clock() - self._began) / max(1, done) * (self._steps - step)
+
+
+def mesh_name(degrees: dict[str, int]) -> str:
+    """data 2 x sequence 4; empty for one process"""
+    return " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
 
 
 def status_line(record: StepRecord, validation_loss: float | None, seconds_left: float) -> str:
@@ -163,7 +171,7 @@ def shorten(path: str) -> str:
 
 def count(number: float) -> str:
     """12.3k"""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"

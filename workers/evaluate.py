@@ -16,8 +16,9 @@ from .experiment import Experiment
 from .manifest import Manifest, newest_whole
 from .process_group import process_group
 from .run_directory import RunDirectory
+from .run_tokenizer import foreign_corpus
 from .scoring import LengthScore, at_length, score_length
-from .trainer import make_sharded_model
+from .sharded_model import make_sharded_model
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ def evaluate(
         device: "cpu" or "cuda"; a GPU where there is one by default. threads: as of `train_process`.
         progress: told (batches done, batches in all) of each length.
 
-    Raises ValueError: there is no whole checkpoint, or lengths for which there is no model or no data.
+    Raises ValueError: there is no whole checkpoint, lengths for which there is no model or no data, or a corpus that is
+    not written in the run's own tokens.
     """
-    if problem := too_long(experiment):
+    if problem := too_long(experiment) or foreign_corpus(run, experiment.open_corpus()):
         raise ConfigError(problem)
     if experiment.workers == 1:
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..data import Corpus, DataConfig
+from ..data import Corpus, DataConfig, Stage
 from ..models import ModelConfig, load_preset
 from ..parallel import Degrees, MeshConfig
 from .checkpoint import CheckpointConfig
@@ -80,10 +80,13 @@ class Experiment(Settings):
 
     @classmethod
     def resume(cls, run: RunDirectory, overrides: Sequence[str] = ()) -> Experiment:
-        """The experiment of an existing run with overrides put in; what would make it another run is refused."""
+        """The experiment of an existing run with overrides put in; what would make it another run is refused.
+
+        With another `data.context`, and no `data.batch` beside it, the batch becomes what keeps the tokens of a step.
+        """
         tree = parse_yaml(run.read_experiment(), f"{run.url}/experiment.yaml")
         before = validate(cls, tree)
-        after = validate(cls, apply_overrides(tree, overrides))
+        after = validate(cls, _keep_tokens(apply_overrides(tree, overrides), before.data, overrides))
         for key in ("seed", "model", "data.corpus", "run.name"):
             if _get(before, key) != _get(after, key):
                 raise ConfigError(f"{key} cannot change when a run is resumed; start a new run with `longstride train`")
@@ -106,12 +109,58 @@ class Experiment(Settings):
         return corpus
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the run by context, in order; one without `data.schedule`."""
+        return self.data.stages(self.train.steps)
+
+    def stage_after(self, step: int) -> Stage:
+        """The stage that makes step `step` + 1; the last one after all steps."""
+        return next((stage for stage in self.stages if step < stage.last), self.stages[-1])
+
+    def at(self, stage: Stage) -> Experiment:
+        """The experiment as it is in a stage: its context and batch, no schedule, and degrees planned for it."""
+        if self.data.schedule is None:
+            return self
+        data = self.data.model_copy(update={"context": stage.context, "batch": stage.batch, "schedule": None})
+        parallel = self.parallel
+        if parallel.data == "auto" and parallel.sequence == "auto":
+            parallel = parallel.model_copy(update={"data": self._most_groups(stage.batch)})
+        return self.model_copy(update={"data": data, "parallel": parallel})
+
+    @property
     def degrees(self) -> Degrees:
-        """The parallel degrees with every `auto` replaced by a number."""
-        return self.parallel.resolve(self.workers, self.model.num_experts)
+        """The parallel degrees with every `auto` replaced by a number; with a schedule, those of the last stage."""
+        parallel = self.at(self.stages[-1]).parallel
+        return parallel.resolve(self.workers, self.model.num_experts)
+
+    def _most_groups(self, batch: int) -> int:
+        """How many groups of processes work on different sequences when a schedule leaves that open.
+
+        As many as the batch allows; the sequence degree takes the rest. A process holds the same number of tokens in
+        every stage, so whole sequences cost no more memory than parts of them, and exchange nothing.
+        """
+        processes, copies = self.workers // self.parallel.replicate, self.parallel.replicate
+        most = 1 if self.train.canonical else processes
+        return max(n for n in range(1, max(1, most) + 1) if n == 1 or not (processes % n or batch % (n * copies)))
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
+        if self.data.schedule is None:
+            self._check_degrees()
+            return self
+        for stage in self.stages:
+            try:
+                self.at(stage)._check_degrees()
+            except ValueError as error:
+                problem = str(error).partition(";")[0]
+                raise ConfigError(
+                    f"data.schedule, where it has {stage.batch} x {stage.context}: {problem}; choose a context or "
+                    "degrees (auto plans them for every stage) that divide"
+                ) from None
+        return self
+
+    def _check_degrees(self) -> None:
+        """ConfigError, with the fix, unless context, batch and canonical tiles divide over the processes."""
         degrees, context, batch = self.degrees, self.data.context, self.data.batch
         if context % degrees.sequence:
             below = context // degrees.sequence * degrees.sequence
@@ -128,7 +177,6 @@ class Experiment(Settings):
                 f"{degrees.data} x parallel.replicate={degrees.replicate}); set data.batch={above}"
             )
         self._check_canonical(degrees)
-        return self
 
     def _check_canonical(self, degrees: Degrees) -> None:
         tiles = self.train.canonical
@@ -145,6 +193,22 @@ class Experiment(Settings):
             )
         if self.train.dtype == "bfloat16":
             raise ConfigError(f"train.canonical={tiles} computes in the parameters' type: set train.dtype=float32")
+
+
+def _keep_tokens(tree: Tree, before: DataConfig, overrides: Sequence[str]) -> Tree:
+    """`tree` with the batch that keeps the tokens of a step when the overrides give another context and no batch."""
+    given = {override.partition("=")[0].strip() for override in overrides}
+    if "data.context" not in given or given & {"data", "data.batch"}:
+        return tree
+    context = validate(DataConfig, {"context": tree["data"]["context"]}).context
+    tokens = before.context * before.batch
+    if context < tokens and tokens % context:
+        raise ConfigError(
+            f"data.context={context} does not divide the {tokens} tokens of a step (data.context={before.context} x "
+            f"data.batch={before.batch}); take one that does, or set data.batch as well"
+        )
+    tree["data"]["batch"] = max(1, tokens // context)
+    return tree
 
 
 def expand_preset(path: str, value: Any) -> Tree | None:

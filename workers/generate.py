@@ -1,25 +1,31 @@
-"""Decoding on one process: the prompt in the parallel form, then one token at a time by the recurrence.
+"""Decoding: the prompt in the parallel form, split over processes if there are several, then one token at a time.
 
-Memory does not grow with the text, but for attention's keys and values and the history of implicit convolutions.
+Every process has the whole model. Each reads its part of a prompt; the state after it goes from the last process to
+all, and the first one decodes by the recurrence. Memory does not grow with the text, but for attention's keys and
+values and the history of implicit convolutions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
 from ..data import Corpus, Tokenizer
 from ..models import LanguageModel
 from ..models.block import BlockState
+from ..parallel import Mesh
 from .configuration import ConfigError, Settings
+from .process_group import process_group
 
 # Tokens of held-out text to begin with where no prompt is given.
 DEFAULT_PROMPT_TOKENS = 32
-# Tokens of a prompt that are read in one piece.
+# Tokens of a prompt that a process reads in one piece.
 READ_AT_ONCE = 8192
 
 
@@ -54,7 +60,7 @@ class Sample:
 def sample_text(model: LanguageModel, corpus: Corpus, config: SampleConfig) -> Sample:
     """Continues the prompt. ConfigError: it is empty, not in the corpus's alphabet, or too long for the model."""
     prompt = prompt_tokens(corpus, config.prompt)
-    tokens = list(continuation(model, prompt, config))
+    tokens = list(continuation(model, prompt, config, vocabulary=corpus.vocab_size))
     return Sample(corpus.decode(prompt), corpus.decode(tokens))
 
 
@@ -68,12 +74,41 @@ def prompt_tokens(corpus: Corpus, prompt: str | None, tokenizer: Tokenizer | Non
     return [int(token) for token in (tokenizer or corpus.tokenizer).encode(prompt)]
 
 
-def continuation(model: LanguageModel, prompt: Sequence[int], config: SampleConfig) -> Iterator[int]:
-    """Token ids after `prompt`, one by one; the same for the same seed. ConfigError: see `check_length`."""
-    return (token for (token,) in _grow(model, [prompt], [0], config))
+@contextmanager
+def readers(rank: int, workers: int) -> Iterator[Mesh | None]:
+    """The processes that torchrun started, over which prompts are split; None where there is one."""
+    if workers == 1:
+        yield None
+        return
+    with process_group(rank, workers, None, "cpu", None) as device:
+        yield Mesh(sequence=workers, device=device)
 
 
-def continuations(model: LanguageModel, prompts: Sequence[Sequence[int]], config: SampleConfig) -> list[list[int]]:
+def continuation(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    config: SampleConfig,
+    mesh: Mesh | None = None,
+    *,
+    vocabulary: int | None = None,
+) -> Iterator[int]:
+    """Token ids after `prompt`, one by one; the same for the same seed. ConfigError: see `check_length`.
+
+    Args:
+        mesh: the prompt is split over its sequence axis. Every process calls this, and the first one gets the tokens.
+        vocabulary: of the tokenizer; a model may have more ids, which mean nothing (padding to a round number).
+    """
+    return (token for (token,) in _grow(model, [prompt], [0], config, mesh, vocabulary))
+
+
+def continuations(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    config: SampleConfig,
+    mesh: Mesh | None = None,
+    *,
+    vocabulary: int | None = None,
+) -> list[list[int]]:
     """Token ids after each of several prompts; those of equal length are decoded together.
 
     Each is what `continuation` gives for it alone with the seed `config.seed` + its number, up to rounding.
@@ -81,7 +116,8 @@ def continuations(model: LanguageModel, prompts: Sequence[Sequence[int]], config
     results: list[list[int]] = [[] for _ in prompts]
     for length in sorted({len(prompt) for prompt in prompts}):
         numbers = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
-        for tokens in _grow(model, [prompts[number] for number in numbers], numbers, config):
+        rows = [prompts[number] for number in numbers]
+        for tokens in _grow(model, rows, numbers, config, mesh, vocabulary):
             for number, token in zip(numbers, tokens, strict=True):
                 results[number].append(token)
     return results
@@ -89,28 +125,64 @@ def continuations(model: LanguageModel, prompts: Sequence[Sequence[int]], config
 
 @torch.inference_mode()
 def _grow(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], numbers: Sequence[int], config: SampleConfig
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    config: SampleConfig,
+    mesh: Mesh | None,
+    vocabulary: int | None,
 ) -> Iterator[list[int]]:
     """The next tokens of prompts of one length, one token each at a time."""
     check_length(model.max_length, len(prompts[0]), config)
     device = model.output_weight.device
     generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
-    logits_BV, state = _read(model, torch.tensor(prompts, device=device))
-    for done in range(config.tokens):
-        rows = zip(logits_BV.cpu(), generators, strict=True)
+    logits_BV, state = _read(model, torch.tensor(prompts, device=device), mesh)
+    for done in range(config.tokens if mesh is None or mesh.rank == 0 else 0):
+        rows = zip(logits_BV[:, :vocabulary].cpu(), generators, strict=True)
         tokens = [choose(logits_V, config, generator) for logits_V, generator in rows]
         yield tokens
         if done + 1 < config.tokens:
             logits_BV, state = model.step(torch.tensor(tokens, device=device), state)
 
 
-def _read(model: LanguageModel, prompt_BT: Tensor) -> tuple[Tensor, list[BlockState]]:
+def _read(model: LanguageModel, prompt_BT: Tensor, mesh: Mesh | None) -> tuple[Tensor, list[BlockState]]:
     """Scores after the prompt and the state there, in pieces: the memory is that of one, however long the prompt."""
     logits_BV, state = torch.empty(0), None
-    for piece_BT in prompt_BT.split(READ_AT_ONCE, dim=1):
-        logits_BV, state = model.prefill(piece_BT, state=state)
+    for piece_BT in prompt_BT.split(READ_AT_ONCE * (mesh.sequence_size if mesh else 1), dim=1):
+        length = piece_BT.shape[1]
+        if mesh is None or length < mesh.sequence_size:  # fewer tokens than processes: all read all of them
+            logits_BV, state = model.prefill(piece_BT, state=state)
+        else:
+            shard = mesh.shard(length)
+            logits_BV, state = model.prefill(piece_BT[:, shard.start : shard.stop], shard, state)
+            logits_BV, state = _from_last(logits_BV, state, mesh)
     assert state is not None
     return logits_BV, state
+
+
+def _from_last(logits_BV: Tensor, state: list[BlockState], mesh: Mesh) -> tuple[Tensor, list[BlockState]]:
+    """What the last process of the sequence group knows, on all of them."""
+    group, is_last = mesh.sequence_group, mesh.sequence_rank == mesh.sequence_size - 1
+    last = dist.get_global_rank(group, mesh.sequence_size - 1)
+    own = {(): logits_BV} | {
+        (index, half, name): tensor
+        for index, block_state in enumerate(state)
+        for half, tensors in block_state.items()
+        for name, tensor in tensors.items()
+    }
+    shapes = [{key: tensor.shape for key, tensor in own.items()}]
+    dist.broadcast_object_list(shapes, src=last, group=group)
+    known: list[BlockState] = [{half: {} for half in block_state} for block_state in state]
+    for key, tensor in own.items():
+        received = tensor if is_last else tensor.new_empty(shapes[0][key])
+        received = received.contiguous()
+        dist.broadcast(torch.view_as_real(received) if received.is_complex() else received, last, group)
+        if key:
+            index, half, name = key
+            known[index][half][name] = received
+        else:
+            logits_BV = received
+    return logits_BV, known
 
 
 def check_length(longest: int | None, prompt: int, config: SampleConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..data import Corpus, SubwordTokenizer, Tokenizer
+from ..data import SubwordTokenizer
 from ..models.interchange import load_config, load_into, save_pretrained
 from ..parallel import Mesh
 from .checkpoint import Checkpointer
@@ -21,21 +21,28 @@ from .manifest import Manifest
 from .optimization import ShardedAdamW
 from .process_group import process_group
 from .run_directory import RunDirectory, code_version, timestamp
-from .trainer import make_sharded_model
-
-TOKENIZER_FILE = "tokenizer.json"
+from .run_tokenizer import TOKENIZER_FILE
+from .sharded_model import make_sharded_model
 
 
 def imported_experiment(directory: str, out: str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a run at `out` (a path or URL) of the model in `directory`, with overrides put in.
 
-    ValueError of one line: no model there, settings that are wrong, or a corpus with more token ids than the model has.
+    ValueError of one line: no model there, settings that are wrong, or a tokenizer or a corpus with more token ids than
+    the model has.
     """
     parent, _, name = out.rstrip("/").rpartition("/")
     run = {"directory": parent or "/" if "/" in out else ".", "name": name}
     tree = {"model": load_config(directory).model_dump(mode="json"), "run": run}
     experiment = validate(Experiment, apply_overrides(tree, overrides))
     vocabulary, corpus = experiment.model.vocab_size, experiment.data.open()
+    if (path := Path(directory) / TOKENIZER_FILE).is_file():
+        tokenizer = SubwordTokenizer(path.read_text(encoding="utf-8"))
+        if tokenizer.vocab_size > vocabulary:
+            raise ConfigError(
+                f"{path} has {tokenizer.vocab_size} token ids and the model {vocabulary}: it is another model's; "
+                "put the model's own there, or remove it"
+            )
     if corpus.vocab_size > vocabulary:
         raise ConfigError(
             f"the model in {directory} has {vocabulary} token ids and data.corpus={experiment.data.corpus} "
@@ -84,13 +91,6 @@ def export_run(run: RunDirectory, experiment: Experiment, out: str, layout: str,
     if rank == 0 and run.storage.exists(TOKENIZER_FILE):
         (Path(out) / TOKENIZER_FILE).write_text(run.storage.read_text(TOKENIZER_FILE), encoding="utf-8")
     return notes
-
-
-def run_tokenizer(run: RunDirectory, corpus: Corpus) -> Tokenizer:
-    """What a run's prompts and samples are read and written with: its own tokenizer, or its corpus's."""
-    if run.storage.exists(TOKENIZER_FILE):
-        return SubwordTokenizer(run.storage.read_text(TOKENIZER_FILE))
-    return corpus.tokenizer
 
 
 def _beginning(experiment: Experiment, corpus: str, mesh: Mesh) -> Manifest:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
+from ..data import Stage
 from ..models import build_model
 from ..parallel import Mesh
 from .configuration import ConfigError
@@ -23,6 +24,7 @@ from .manifest import explain_none, list_checkpoints
 from .process_group import process_group
 from .reporting import Reporter, Silent, Summary
 from .run_directory import RunDirectory, code_version
+from .stages import train_stages
 from .tracking import MlflowSink, Tracker, tracking_uri
 from .trainer import Trainer
 
@@ -53,13 +55,26 @@ def reopen_run(run: RunDirectory, overrides: Sequence[str] = ()) -> Experiment:
 
 def check(experiment: Experiment) -> None:
     """ValueError of one line for what the settings alone do not show: data, vocabulary, lengths, prompt."""
+    longest = check_lengths(experiment)
+    for stage in experiment.stages:
+        now = experiment.at(stage)
+        corpus = now.open_corpus()
+        now.data.training(corpus, seed=now.seed).close()
+        now.data.validation(corpus)
     corpus = experiment.open_corpus()
-    experiment.data.training(corpus, seed=experiment.seed).close()
-    experiment.data.validation(corpus)
-    longest = build_model(experiment.model, device="meta").max_length
-    if longest is not None and experiment.data.context > longest:
-        raise ConfigError(f"data.context={experiment.data.context} exceeds the {longest} positions of the model")
     check_length(longest, len(prompt_tokens(corpus, experiment.sample.prompt)), experiment.sample)
+
+
+def check_lengths(experiment: Experiment) -> int | None:
+    """The longest sequence the model is defined for, None: any. ValueError: a stage's sequences are longer."""
+    longest = build_model(experiment.model, device="meta").max_length
+    for stage in experiment.stages:
+        if longest is not None and stage.context > longest:
+            raise ConfigError(
+                f"data.context={stage.context} exceeds the {longest} positions of the model; set max_length of its "
+                "mixers at the start of a run"
+            )
+    return longest
 
 
 def train_process(
@@ -96,13 +111,16 @@ def train_process(
     status, left_behind = "FAILED", None
     try:
         with process_group(rank, world_size, store, device, threads) as own_device:
-            strategies = experiment.parallel.strategies
-            mesh = Mesh(**asdict(experiment.degrees), device=own_device, strategies=strategies, node_size=node_size)
-            trainer = Trainer(experiment, mesh, directory, reporter, tracker=tracker, stop=stop)
-            if resume:
-                trainer.restore()
+
+            def make(now: Experiment, stage: Stage) -> Trainer:
+                degrees, strategies = now.degrees, now.parallel.strategies
+                size = node_size if node_size and _nest(node_size, degrees.sequence) else None
+                mesh = Mesh(**asdict(degrees), device=own_device, strategies=strategies, node_size=size)
+                return Trainer(now, mesh, directory, reporter, stage=stage, tracker=tracker, stop=stop)
+
             began = time.monotonic()
-            status = "FINISHED" if trainer.train() else "KILLED"
+            trainer = train_stages(experiment, directory, make, resume=resume)
+            status = "FINISHED" if trainer.step_count >= experiment.train.steps else "KILLED"
             seconds = time.monotonic() - began
     finally:
         if tracker is not None:
@@ -127,6 +145,11 @@ def train_process(
     )
     reporter.finished(summary)
     return summary
+
+
+def _nest(node_size: int, sequence: int) -> bool:
+    """Whether nodes are made of whole sequence groups, or sequence groups of whole nodes."""
+    return node_size % sequence == 0 or sequence % node_size == 0
 
 
 def _tracker(experiment: Experiment, run: RunDirectory) -> Tracker:

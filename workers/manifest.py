@@ -12,6 +12,7 @@ trusted once every file has the length and digest that the manifest says.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from typing import Any
 
 from .dcp_storage import digest_file
 from .run_directory import RunDirectory
-from .storage import Storage
+from .storage import Storage, StorageError
 
 CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "manifest.json"
@@ -66,7 +67,10 @@ class Manifest:
             values = json.loads(text)
             if values.pop("format") != _FORMAT:
                 raise ValueError("manifest.json has an unknown format; it was written by a newer version")
-            return cls(**values)
+            manifest = cls(**values)
+            if outside := [name for name in manifest.files if name != os.path.basename(name)]:  # noqa: PTH119
+                raise ValueError(f"manifest.json names a file outside of the checkpoint, {outside[0]}")
+            return manifest
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError):
             raise ValueError("manifest.json is damaged") from None
 
@@ -116,7 +120,7 @@ class Checkpoint:
 
 def list_checkpoints(run: RunDirectory) -> list[Checkpoint]:
     """All checkpoint directories of a run, oldest step first, whole or not."""
-    names = [name for name in run.storage.directories(CHECKPOINTS) if _NAME.fullmatch(name)]
+    names = [name for name in run.storage.directories(CHECKPOINTS, links=False) if _NAME.fullmatch(name)]
     return sorted((Checkpoint(run, name) for name in names), key=lambda found: (found.step, found.attempt))
 
 
@@ -176,6 +180,8 @@ def _compare(storage: Storage, name: str, expected: dict[str, Any]) -> str | Non
         found = digest_file(storage, name)
     except FileNotFoundError:
         return f"{name} is missing"
+    except StorageError:  # of the store, and says nothing about the file
+        raise
     except Exception as error:  # every file system has its own family of errors
         return f"{name} cannot be read ({getattr(error, 'strerror', None) or error})"
     if found["bytes"] != expected["bytes"]:

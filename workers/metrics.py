@@ -6,6 +6,7 @@ only mirror it. A step is in it once; a resumed run first takes back what was re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .storage import Storage
+from .storage import Storage, StorageError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -37,6 +38,7 @@ class StepRecord:
         tokens: tokens trained on since the run began.
         tokens_per_second: of this step.
         wait_share: share of the step that a process spent waiting for others, mean over processes.
+        data_share: share of the step that a process spent waiting for its batch, the largest over processes.
         memory: bytes held by the process that holds most (resident memory; allocated device memory on a GPU).
         learning_rate: of this step.
         grad_norm: global gradient norm before clipping.
@@ -58,6 +60,7 @@ class StepRecord:
     seconds: float
     bytes_sent: int = 0
     auxiliary_loss: float = 0.0
+    data_share: float = 0.0
     time: float = 0.0
 
     def to_json(self) -> str:
@@ -85,7 +88,10 @@ class MetricsLog:
         self._next_rewrite = 0.0
 
     def append(self, record: StepRecord) -> None:
-        """Adds a line. It is in the file at once on a file system, within seconds on an object store."""
+        """Adds a line. It is in the file at once on a file system, within seconds on an object store.
+
+        A store that fails now is given the line later; `flush` insists.
+        """
         with self._lock:
             if self._storage.local:
                 with Path(self._storage.path(METRICS_FILE)).open("a", encoding="utf-8") as stream:
@@ -94,7 +100,8 @@ class MetricsLog:
             self._content().append(record.to_json())
             self._unwritten = True
             if time.monotonic() >= self._next_rewrite:
-                self._rewrite()
+                with contextlib.suppress(StorageError):
+                    self._rewrite()
 
     def flush(self) -> None:
         """Everything appended so far is durable when this returns."""
@@ -126,10 +133,12 @@ class MetricsLog:
 
     def _rewrite(self) -> None:
         began = time.monotonic()
-        self._storage.write_text(METRICS_FILE, "".join(line + "\n" for line in self._content()))
-        self._unwritten = False
-        now = time.monotonic()
-        self._next_rewrite = now + max(REWRITE_INTERVAL, (now - began) / REWRITE_SHARE)
+        try:
+            self._storage.write_text(METRICS_FILE, "".join(line + "\n" for line in self._content()))
+            self._unwritten = False
+        finally:
+            now = time.monotonic()
+            self._next_rewrite = now + max(REWRITE_INTERVAL, (now - began) / REWRITE_SHARE)
 
 
 def read_records(storage: Storage, after: int = 0) -> Iterator[StepRecord]:

@@ -39,6 +39,7 @@ METRICS = (
     "tokens",
     "tokens_per_second",
     "wait_share",
+    "data_share",
     "bytes_sent",
     "memory",
     "learning_rate",

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from ..models.parameters import weight_decayed
+from ..models.parameters import learning_rates, weight_decayed
 from .configuration import Settings
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -99,15 +99,18 @@ class ShardedAdamW:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._exp_avg = {name: torch.zeros_like(local(p)) for name, p in self.parameters.items()}
         self._exp_avg_sq = {name: torch.zeros_like(local(p)) for name, p in self.parameters.items()}
-        self._decayed = weight_decayed(model)
+        self._decayed, self._multiples = weight_decayed(model), learning_rates(model)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """One update with learning rate `rate`."""
-        for decayed in (True, False):
-            names = [name for name, p in self.parameters.items() if self._steps_now(name, p, decayed)]
-            if names:
-                self._update(names, rate, self.config.weight_decay if decayed else 0.0)
+        """One update with learning rate `rate`; some parameters have a multiple of it."""
+        groups: dict[tuple[bool, float], list[str]] = {}
+        for name, parameter in self.parameters.items():
+            # A process may hold no element of a small parameter.
+            if parameter.grad is not None and local(parameter).numel() > 0:
+                groups.setdefault((name in self._decayed, self._multiples.get(name, 1.0)), []).append(name)
+        for (decayed, multiple), names in groups.items():
+            self._update(names, rate * multiple, self.config.weight_decay if decayed else 0.0)
         self.steps += 1
 
     def zero_grad(self) -> None:
@@ -121,10 +124,6 @@ class ShardedAdamW:
             tensors[f"exp_avg.{name}"] = like(self._exp_avg[name], parameter)
             tensors[f"exp_avg_sq.{name}"] = like(self._exp_avg_sq[name], parameter)
         return tensors
-
-    def _steps_now(self, name: str, parameter: nn.Parameter, decayed: bool) -> bool:
-        # A process may hold no element of a small parameter.
-        return (name in self._decayed) == decayed and parameter.grad is not None and local(parameter).numel() > 0
 
     def _update(self, names: list[str], rate: float, weight_decay: float) -> None:
         gradients = [self.parameters[name].grad for name in names]

@@ -1,4 +1,4 @@
-"""What a run does about its own failures: settings, and the batches that are not to be trained on.
+"""What a run does about its own failures: settings, and the batches that are not trained on.
 
 The trainer acts on a bad loss by itself; whoever supervises the processes (`orchestrator`) acts on the rest.
 """
@@ -11,14 +11,28 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch.distributed as dist
 from pydantic import Field, field_validator
 
 from .configuration import Settings
+from .metrics import read_records
 from .run_directory import RunDirectory, timestamp
 
 SKIPPED_KEY = "skipped_batches"
 # The steps whose median loss a spike is measured against, and how many of them there must be.
 SPIKE_WINDOW, SPIKE_LEAST = 50, 10
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message is one line with the cause and what to do."""
+
+
+class BadLoss(TrainingError):
+    """A step whose loss or gradient cannot be trained on; the weights have not seen it. `position`: of its batch."""
+
+    def __init__(self, message: str, position: int) -> None:
+        super().__init__(message)
+        self.position = position
 
 
 class RecoveryConfig(Settings):
@@ -66,6 +80,56 @@ class LossGuard:
             return None
         usual = statistics.median(self._recent)
         return f"the loss is {loss:.4g} after {usual:.4g}" if loss > self._spike * usual else None
+
+
+class BadBatches:
+    """The batches that a run leaves out, and the judgement of new ones; the same on every process.
+
+    Args:
+        context, batch: of the data; positions in another order are other batches.
+        group: of all processes.
+    """
+
+    def __init__(
+        self, run: RunDirectory, config: RecoveryConfig, context: int, batch: int, group: dist.ProcessGroup
+    ) -> None:
+        self.run, self.config, self.context, self.batch = run, config, context, batch
+        self.guard = LossGuard(config)
+        self._group = group
+        self._skipped = set[int]()
+        self._setbacks = 0
+
+    def __contains__(self, position: object) -> bool:
+        return position in self._skipped
+
+    def read(self, step: int) -> None:
+        """What the run knows after so many steps: batches found bad, and the losses that a spike is measured against.
+
+        The first process reads; all call it.
+        """
+        known: list[object] = [None, None]
+        if dist.get_rank() == 0:
+            known[0] = skipped_positions(self.run, self.context, self.batch)
+            known[1] = [record.loss for record in read_records(self.run.storage) if record.step <= step]
+        dist.broadcast_object_list(known, src=0, group=self._group)
+        skipped, losses = known
+        assert isinstance(skipped, set) and isinstance(losses, list)
+        self._skipped, self.guard = skipped, LossGuard(self.config, losses)
+
+    def progressed(self) -> None:
+        """A checkpoint was begun: the setbacks before it are forgiven."""
+        self._setbacks = 0
+
+    def leave_out(self, bad: BadLoss, step: int) -> None:
+        """Remembers the batch of a bad step for good. TrainingError: there were too many, or it is not wished."""
+        self._setbacks += 1
+        if self.config.bad_loss == "stop" or self._setbacks > self.config.max_failures:
+            raise TrainingError(
+                f"{bad}; resume from the last checkpoint with a lower train.learning_rate or train.clip"
+            ) from bad
+        if dist.get_rank() == 0:
+            place = {"position": bad.position, "context": self.context, "batch": self.batch}
+            record_skipped(self.run, step=step, **place, cause=str(bad))
 
 
 def skipped_positions(run: RunDirectory, context: int, batch: int) -> set[int]:

@@ -13,7 +13,7 @@ class RunStart:
     """Known once the model is built and, on a resume, the checkpoint is loaded.
 
     Attributes:
-        step: steps finished already; steps: how many there will be.
+        step: steps finished already; steps: how many there will be; until: with which the stage of this context ends.
         parallel: degrees by name.
     """
 
@@ -21,6 +21,7 @@ class RunStart:
     url: str
     step: int
     steps: int
+    until: int
     parameters: int
     corpus: str
     context: int
@@ -39,7 +40,7 @@ class Summary:
         url: the run's directory.
         finished: all steps were made; otherwise it was asked to stop and can be resumed.
         validation_loss: nats per token after the last step; None where the run stopped before a validation.
-        seconds: wall time of this start, from the first step to the end of the last.
+        seconds: wall time of this start, from the making of the model to the end of the last step.
         prompt, sample: the sampled continuation; empty where the run was stopped.
         tracking_uri: of the MLflow store; None where nothing was tracked.
         notes: what a person should know, a line each.

@@ -83,6 +83,8 @@ class RunDirectory:
                     f"run.name={name} exists already in {directory}: continue it with `longstride resume {run.url}` "
                     "or choose another run.name"
                 )
+            if run.storage.local and Path(run.url).is_symlink():
+                raise ValueError(f"run.name={name} is a link out of {directory}: choose another run.name")
             run.storage.make()
             created = {"name": name, "created": timestamp(), "code_version": code_version(), "parents": []}
             run.storage.write_text(INFO_FILE, json.dumps(created | info, indent=2) + "\n")
@@ -115,11 +117,10 @@ class RunDirectory:
         with self._lock:
             self.storage.write_text(INFO_FILE, json.dumps(self.read_info() | values, indent=2) + "\n")
 
-    def record_start(self, step: int, workers: int, degrees: dict[str, int]) -> None:
-        """Adds an entry to run.json: from which step, with how many processes, which code."""
+    def record_start(self, **entry: Any) -> None:
+        """Adds an entry to run.json, with the time and the code's version: from which step, on which mesh."""
         starts = self.read_info().get("starts", [])
-        entry = {"time": timestamp(), "step": step, "workers": workers, "parallel": degrees}
-        self.update_info(starts=[*starts, entry | {"code_version": code_version()}])
+        self.update_info(starts=[*starts, {"time": timestamp()} | entry | {"code_version": code_version()}])
 
 
 def list_runs(directory: str) -> list[RunDirectory]:

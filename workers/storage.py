@@ -2,31 +2,41 @@
 
 `write_text` is all or nothing: a reader sees the old content or the new one. On a file system that takes a
 temporary file, fsync and rename; an object store gives it for free, because an object appears when it is closed.
+
+Waiting for a store that fails for a while happens below (see `data.object_store`); what comes up is final.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from ..data.storage import one_line, open_filesystem
+
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"})
+
+
+class StorageError(OSError):
+    """A store that cannot be reached, or does not let us in. `filename`: what was wanted of it; one line."""
 
 
 class Storage:
     """Files below one URL. Names are relative, with forward slashes.
 
-    Credentials come from the environment (AWS_ACCESS_KEY_ID, ...), never from the URL.
+    Credentials come from the environment (AWS_ACCESS_KEY_ID, ...), never from the URL. A store that fails for good
+    raises StorageError from every method.
     """
 
     def __init__(self, url: str) -> None:
         try:
-            fs, root = url_to_fs(url)
+            fs, root = open_filesystem(url)
         except (ValueError, ImportError) as error:
             raise ValueError(f"cannot open {url!r}: {error}") from None
         self.fs: AbstractFileSystem = fs
@@ -42,18 +52,20 @@ class Storage:
         return f"{self.root}/{name}" if name else self.root
 
     def exists(self, name: str = "") -> bool:
-        self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path(name)))
+        with self.explained(name):
+            self.fs.invalidate_cache()
+            return bool(self.fs.exists(self.path(name)))
 
     def read_text(self, name: str) -> str:
         """The whole file. FileNotFoundError if there is none."""
-        with self.open(name, "rb") as stream:
+        with self.explained(name), self.open(name, "rb") as stream:
             return stream.read().decode("utf-8")
 
     def write_text(self, name: str, text: str) -> None:
         """Replaces the file atomically and durably."""
         if not self.local:
-            self.fs.pipe_file(self.path(name), text.encode("utf-8"))
+            with self.explained(name):
+                self.fs.pipe_file(self.path(name), text.encode("utf-8"))
             return
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +81,9 @@ class Storage:
 
     def size(self, name: str) -> int:
         """Bytes in the file. FileNotFoundError if there is none."""
-        self.fs.invalidate_cache()
-        size = self.fs.size(self.path(name))
+        with self.explained(name):
+            self.fs.invalidate_cache()
+            size = self.fs.size(self.path(name))
         if size is None:
             raise OSError(f"{self.url}/{name}: the store does not tell its size")
         return int(size)
@@ -79,29 +92,47 @@ class Storage:
         """Names of the files directly below `name`, sorted; empty when there is no such directory."""
         return self._list(name, "file")
 
-    def directories(self, name: str = "") -> list[str]:
-        """Names of the directories directly below `name`, sorted; empty when there is no such directory."""
-        return self._list(name, "directory")
+    def directories(self, name: str = "", *, links: bool = True) -> list[str]:
+        """Names of the directories directly below `name`, sorted; empty when there is no such directory.
+
+        Without `links`, those that lie elsewhere are left out.
+        """
+        return self._list(name, "directory", links)
 
     def make(self) -> None:
         """Creates the directory and its parents where there are directories; never a bucket."""
         if not OBJECT_STORES.intersection(
             [self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol
         ):
-            self.fs.makedirs(self.root, exist_ok=True)
+            with self.explained(""):
+                self.fs.makedirs(self.root, exist_ok=True)
 
     def remove(self, name: str) -> None:
         """Removes a file or a whole directory; what is already gone is no error."""
-        with contextlib.suppress(FileNotFoundError):
+        with self.explained(name), contextlib.suppress(FileNotFoundError):
             self.fs.rm(self.path(name), recursive=True)
 
-    def _list(self, name: str, kind: str) -> list[str]:
-        self.fs.invalidate_cache()
+    @contextlib.contextmanager
+    def explained(self, name: str) -> Iterator[None]:
+        """Turns what a store's client raises about `name`, once waiting does not help, into a StorageError."""
         try:
-            entries = self.fs.ls(self.path(name), detail=True)
+            yield
+        except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, ValueError, StorageError):
+            raise
+        except Exception as error:  # every client has its own family of errors
+            if self.local:
+                raise
+            raise StorageError(errno.EIO, one_line(error), f"{self.url}/{name}".rstrip("/")) from error
+
+    def _list(self, name: str, kind: str, links: bool = True) -> list[str]:
+        try:
+            with self.explained(name):
+                self.fs.invalidate_cache()
+                entries = self.fs.ls(self.path(name), detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
         # An object store may list the directory itself as an empty object.
+        entries = [entry for entry in entries if links or not entry.get("islink")]
         names = {entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == kind}
         own = self.path(name).rstrip("/").rsplit("/", 1)[-1]
         return sorted(names - ({own} if kind == "file" else set()))

@@ -129,7 +129,9 @@ class Tracker:
 
 
 class MlflowSink:
-    """One MLflow run. MLflow is imported in the tracker's thread, at the first use.
+    """One MLflow run, with a child for every stage and every further start (`mlflow_stages`).
+
+    MLflow is imported in the tracker's thread, at the first use.
 
     Args:
         settings: the resolved experiment as plain values: parameters of the run, and experiment.yaml.
@@ -139,10 +141,12 @@ class MlflowSink:
         self.run, self.config, self.settings, self.version = run, config, settings, version
         self.uri = tracking_uri(config, run)
         self._client: Any = None
+        self._stages: Any = None
         self._run_id = ""
 
     def connect(self) -> int:
         from . import mlflow_client
+        from .mlflow_stages import StageRuns
 
         self._client = mlflow_client.connect(self.uri)
         known = self.run.read_info().get("mlflow", {})
@@ -154,17 +158,21 @@ class MlflowSink:
         self._run_id = found.info.run_id
         self.run.update_info(mlflow={"uri": self.uri, "experiment": self.config.experiment, "run_id": self._run_id})
         mlflow_client.describe(self._client, found, self.settings, self.run, self.version)
+        scheduled = bool(self.settings.get("data", {}).get("schedule"))
+        self._stages = StageRuns(self._client, self.run, found, scheduled=scheduled)
         return int(found.data.metrics.get("step", 0))
 
     def send(self, records: list[StepRecord]) -> None:
         from . import mlflow_client
 
+        self._stages.send(records)
         mlflow_client.log_records(self._client, self._run_id, records)
 
     def finish(self, records: list[StepRecord], status: str) -> None:
         from . import mlflow_client
 
         mlflow_client.log_loss_curve(self._client, self._run_id, records)
+        self._stages.finish(status)
         self._client.set_terminated(self._run_id, status)
 
 

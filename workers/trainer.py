@@ -16,41 +16,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data import Batch, Corpus
-from ..models import LanguageModel, Losses, build_model, initialise
-from ..parallel import CanonicalModel, CommunicationLedger, Mesh, SequenceShard, clip_gradients, shard_model
+from ..data import Batch, Corpus, Stage
+from ..models import Losses, build_model
+from ..parallel import CanonicalModel, CommunicationLedger, Mesh, SequenceShard, clip_gradients
 from .checkpoint import Checkpointer, gloo_group
 from .communication import write_communication
 from .experiment import Experiment
 from .manifest import Manifest, NoCheckpoint
-from .metrics import StepRecord, read_records
+from .metrics import StepRecord
 from .optimization import ShardedAdamW, learning_rate
 from .random_state import seed_everything
-from .recovery import LossGuard, record_skipped, skipped_positions
+from .recovery import BadBatches, BadLoss
 from .reporting import Reporter, RunStart, Silent
 from .run_directory import RunDirectory, code_version, timestamp
+from .sharded_model import make_sharded_model
 from .tracking import Tracker
 
 
-class TrainingError(Exception):
-    """Training cannot go on; the message is one line with the cause and what to do."""
-
-
-class BadLoss(TrainingError):
-    """A step whose loss or gradient cannot be trained on; the weights have not seen it. `position`: of its batch."""
-
-    def __init__(self, message: str, position: int) -> None:
-        super().__init__(message)
-        self.position = position
-
-
 class Trainer:
-    """Trains one experiment in one run directory; every process of the mesh has one.
+    """Trains one experiment in one run directory, or one stage of it; every process of the mesh has one.
 
     Args:
+        experiment: with the context of the stage, see `Experiment.at`.
         mesh: of the experiment's degrees.
         run: made before; the first process writes records and run.json there.
         reporter: told what happens, on the first process.
+        stage: the steps to make; by default all.
         corpus: the experiment's, when it is open already.
         tracker: mirrors records to MLflow, on the first process.
         stop: once set on any process, training ends after the step at hand with a checkpoint.
@@ -63,11 +54,13 @@ class Trainer:
         run: RunDirectory,
         reporter: Reporter | None = None,
         *,
+        stage: Stage | None = None,
         corpus: Corpus | None = None,
         tracker: Tracker | None = None,
         stop: threading.Event | None = None,
     ) -> None:
         self.experiment, self.mesh, self.run = experiment, mesh, run
+        self.stage = stage or experiment.stages[-1]
         self.reporter: Reporter = reporter or Silent()
         self.corpus = corpus or experiment.open_corpus()
         self._fingerprint = self.corpus.fingerprint()
@@ -84,12 +77,13 @@ class Trainer:
             model = build_model(experiment.model, seed=experiment.seed, dtype=experiment.train.parameter_dtype)
             self.model = model.to(mesh.device)
         else:
-            self.model = make_sharded_model(experiment, mesh)
+            self.model = make_sharded_model(experiment, mesh, ledger=self.ledger)
         self.canonical = CanonicalModel(self.model, tiles, mesh.sequence_group) if tiles else None
         self.optimizer = ShardedAdamW(self.model, experiment.train)
         self.checkpointer = Checkpointer(run, experiment.checkpoint, self.model, self.optimizer)
         self._control = gloo_group()
-        self._guard, self._skipped, self._setbacks = LossGuard(experiment.recovery), set[int](), 0
+        data = experiment.data
+        self.bad_batches = BadBatches(run, experiment.recovery, data.context, data.batch, self._control)
         self._process = psutil.Process()
         self._bounds = mesh.shard(experiment.data.context)
         share = {"data_rank": mesh.data_rank, "data_size": mesh.data_size}
@@ -112,20 +106,26 @@ class Trainer:
             self.run.metrics.rewind(manifest.step)
 
     def train(self) -> bool:
-        """Makes the steps that are left; True when none is left, False when asked to stop before.
+        """Makes the stage's steps that are left, and a checkpoint; False when asked to stop before the run's end.
+
+        It makes none when the run is in an earlier stage, and ends when a rollback takes it there.
 
         Raises TrainingError when the loss stays bad, CheckpointError when a checkpoint cannot be written.
         """
-        self._prepare_guard()
+        if self.step_count < self.stage.first:
+            return True
+        self.bad_batches.read(self.step_count)
         self.loader.seek(self.position)
         if self.first:
             if self.step_count == 0:
                 self.run.metrics.rewind(0)  # of an earlier start that left no checkpoint
-            self.run.record_start(self.step_count, self.mesh.world_size, asdict(self.mesh.degrees))
+            data = self.experiment.data
+            place = {"step": self.step_count, "context": data.context, "batch": data.batch}
+            self.run.record_start(**place, workers=self.mesh.world_size, parallel=asdict(self.mesh.degrees))
             self.reporter.started(self._start())
         saved, stopping, counted = self.step_count, False, False
         try:
-            while self.step_count < self.experiment.train.steps and not stopping:
+            while self.stage.first <= self.step_count < self.stage.last and not stopping:
                 try:
                     record, stopping = self.step()
                 except BadLoss as bad:
@@ -135,7 +135,7 @@ class Trainer:
                 if not counted:
                     write_communication(self.run, self.ledger, self.step_count, self._control)
                     counted = True
-                if self._due(self.experiment.train.validate_every) or self.step_count == self.experiment.train.steps:
+                if self._due(self.experiment.train.validate_every) or self.step_count == self.stage.last:
                     self.validation_loss = self.validate()
                     record = replace(record, validation_loss=self.validation_loss)
                 self._log(record)
@@ -152,36 +152,39 @@ class Trainer:
             raise
         finally:
             self.loader.close()
-        return self.step_count >= self.experiment.train.steps
+        return not stopping or self.step_count >= self.experiment.train.steps
 
     def step(self) -> tuple[StepRecord, bool]:
         """One optimiser step; its record, and whether any process was asked to stop."""
         began = time.perf_counter()
         self.ledger.reset()
-        while self.position in self._skipped:
+        while self.position in self.bad_batches:
             self.position += 1
             self.loader.seek(self.position)
+        asked = time.perf_counter()
         batch = next(self.loader)
+        reading = time.perf_counter() - asked
         losses = self._losses(batch, backward=True)
         clip = self.experiment.train.clip
         # canonical gradients are whole on every process
         mesh = None if self.canonical else self.mesh
         norm = float(clip_gradients(self.model.parameters(), clip if clip > 0 else None, mesh))
         loss = float(losses.cross_entropy.detach())
-        if problem := self._guard.problem(loss, norm):
+        if problem := self.bad_batches.guard.problem(loss, norm):
             self.optimizer.zero_grad()
             raise BadLoss(f"{problem} at step {self.step_count + 1}", batch.step)
         rate = learning_rate(self.experiment.train, self.step_count + 1)
         self.optimizer.step(rate)
-        self.model.end_step()
+        (self.canonical or self.model).end_step()
         self.optimizer.zero_grad()
-        self._guard.add(loss)
+        self.bad_batches.guard.add(loss)
         self.step_count += 1
         self.position = batch.step + 1
         step_tokens = self.experiment.data.context * self.experiment.data.batch
         self.tokens += step_tokens
         seconds = time.perf_counter() - began
-        wait_share, memory, sent, stopping = self._exchange(self.ledger.seconds_waited / seconds)
+        shares = self.ledger.seconds_waited / seconds, reading / seconds
+        wait_share, data_share, memory, sent, stopping = self._exchange(*shares)
         record = StepRecord(
             step=self.step_count,
             loss=loss,
@@ -189,6 +192,7 @@ class Trainer:
             tokens=self.tokens,
             tokens_per_second=step_tokens / seconds,
             wait_share=wait_share,
+            data_share=data_share,
             memory=memory,
             learning_rate=rate,
             grad_norm=norm,
@@ -212,9 +216,6 @@ class Trainer:
 
     def save(self, *, wait: bool = True) -> None:
         """Writes a checkpoint of this moment; see `Checkpointer.save`."""
-        if self.first:
-            # What a resume will not compute again must be in the log before the checkpoint says so.
-            self.run.metrics.flush()
         data = self.experiment.data
         progress = Manifest(
             step=self.step_count,
@@ -230,38 +231,18 @@ class Trainer:
             files={},
         )
         self.checkpointer.save(progress, wait=wait)
-        self._setbacks = 0
-
-    def _prepare_guard(self) -> None:
-        """Batches found bad before, and the losses that a spike is measured against; known to all processes."""
-        known: list[object] = [None, None]
-        if self.first:
-            data = self.experiment.data
-            known[0] = skipped_positions(self.run, data.context, data.batch)
-            known[1] = [record.loss for record in read_records(self.run.storage) if record.step <= self.step_count]
-        dist.broadcast_object_list(known, src=0, group=self._control)
-        skipped, losses = known
-        assert isinstance(skipped, set) and isinstance(losses, list)
-        self._skipped, self._guard = skipped, LossGuard(self.experiment.recovery, losses)
+        self.bad_batches.progressed()
 
     def _go_past(self, bad: BadLoss) -> None:
         """Leaves a bad batch out for good, and rolls back first if that is asked for. TrainingError: too often."""
-        recovery, data = self.experiment.recovery, self.experiment.data
-        self._setbacks += 1
-        if recovery.bad_loss == "stop" or self._setbacks > recovery.max_failures:
-            raise TrainingError(
-                f"{bad}; resume from the last checkpoint with a lower train.learning_rate or train.clip"
-            ) from bad
         self.checkpointer.wait()
-        if self.first:
-            entry = {"step": self.step_count + 1, "position": bad.position, "context": data.context}
-            record_skipped(self.run, **entry, batch=data.batch, cause=str(bad))
+        self.bad_batches.leave_out(bad, self.step_count + 1)
         back = ""
-        if recovery.bad_loss == "rollback":
+        if self.experiment.recovery.bad_loss == "rollback":
             with contextlib.suppress(NoCheckpoint):
                 self.restore()
                 back = f" and the run is back at step {self.step_count}"
-        self._prepare_guard()
+        self.bad_batches.read(self.step_count)
         self.loader.seek(self.position)
         if self.first:
             self.reporter.noted(f"{bad}: batch {bad.position} is left out{back}")
@@ -286,16 +267,21 @@ class Trainer:
             self.canonical.collect_gradients()
         return losses
 
-    def _exchange(self, wait_share: float) -> tuple[float, int, int, bool]:
-        """Over all processes: mean share of waiting, largest memory, bytes sent, whether anyone wants to stop."""
+    def _exchange(self, wait_share: float, data_share: float) -> tuple[float, float, int, int, bool]:
+        """Over all processes: mean share of waiting, largest share of waiting for data, largest memory, bytes sent,
+        whether anyone wants to stop.
+        """
         on_gpu = self.mesh.device == "cuda"
         memory = torch.cuda.max_memory_allocated() if on_gpu else self._process.memory_info().rss
         sent = self.ledger.totals().bytes_sent
-        own = torch.tensor([wait_share, float(memory), float(sent), float(self.stop.is_set())], dtype=torch.float64)
+        shares = [wait_share, data_share]
+        own = torch.tensor([*shares, float(memory), float(sent), float(self.stop.is_set())], dtype=torch.float64)
         everyone: list[Tensor] = [torch.empty_like(own) for _ in range(self.mesh.world_size)]
         dist.all_gather(everyone, own, group=self._control)
         values = torch.stack(everyone)
-        return float(values[:, 0].mean()), int(values[:, 1].max()), int(values[:, 2].sum()), bool(values[:, 3].any())
+        highest, total = values.amax(0).tolist(), values.sum(0).tolist()
+        wait_share = total[0] / self.mesh.world_size
+        return wait_share, highest[1], int(highest[2]), int(total[3]), bool(highest[4])
 
     def _log(self, record: StepRecord) -> None:
         self.last_record = record
@@ -315,6 +301,7 @@ class Trainer:
             url=self.run.url,
             step=self.step_count,
             steps=experiment.train.steps,
+            until=self.stage.last,
             parameters=self.model.num_parameters(),
             corpus=self.corpus.name,
             context=experiment.data.context,
@@ -324,24 +311,6 @@ class Trainer:
             dtype=experiment.train.dtype,
             device=self.mesh.device,
         )
-
-
-def make_sharded_model(experiment: Experiment, mesh: Mesh, *, filled: bool = True) -> LanguageModel:
-    """The experiment's model, sharded, with its initial values or not `filled`. No process ever holds all of it."""
-    train = experiment.train
-    model = build_model(experiment.model, dtype=train.parameter_dtype, device="meta")
-    shard_model(
-        model,
-        mesh,
-        blocks=list(model.blocks),
-        experts=model.expert_modules(),
-        param_dtype=train.compute_dtype,
-        forward_methods=("loss", "logits", "scores"),
-    )
-    model.to_empty(device=mesh.device)
-    if filled:
-        initialise(model, experiment.seed)
-    return model
 
 
 def resume_position(manifest: Manifest, context: int, batch: int) -> int:

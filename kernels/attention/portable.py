@@ -14,12 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import first_order
+from ..triton_support import rows_contiguous
 from . import blockwise
 from .tiles import Tile, tiles
 
 
+def _as_kernels_read(x_BTHK: Tensor) -> Tensor:
+    """(B, H, T, K) with dense heads: PyTorch's fused kernel takes the last dimension for dense without looking."""
+    return rows_contiguous(x_BTHK).transpose(1, 2)
+
+
 def _forward_tile(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
+    q, k, v = (_as_kernels_read(x) for x in (q_BTHK, k_BSGK, v_BSGK))
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     else:
@@ -30,7 +36,7 @@ def _forward_tile(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, 
 def _backward_tile(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (_as_kernels_read(x) for x in (grad, q, k, v, out))
     lse = lse.transpose(1, 2)
     if q.device.type == "cpu":
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -8,6 +8,7 @@ width.
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from ..documents import checked_starts
 from ..living import NothingLeft, groups_of_heads, reach_of_heads
 from ..segments import expect_shape, segment_tokens, state_dtype, walk
@@ -53,6 +54,12 @@ def gated_linear_attention(
     if initial_state is None:
         initial_state = torch.zeros(batch, heads, key_width, value_width, dtype=dtype, device=q_BTHK.device)
 
+    if triton_support.takes(*sequences, initial_state):
+        from .triton_gated import TritonGated, fits
+
+        if fits(q_BTHK, v_BTHV):
+            return TritonGated.apply(*sequences, initial_state.to(dtype), starts_BT)
+
     def one_segment(state, cut, parameters, starts):
         return segment(state, cut, starts)
 
@@ -86,6 +93,11 @@ def gated_linear_attention_readout(
     starts_BT = checked_starts(document_starts, batch, length)
     dtype = state_dtype(state_BHKV, q_BTHK, log_decay_BTHK)
     state_BHKV = state_BHKV.to(dtype)
+    if triton_support.takes(state_BHKV, q_BTHK, log_decay_BTHK):
+        from ..triton_readout import WIDEST, TritonReadout
+
+        if max(key_width, value_width) <= WIDEST:
+            return TritonReadout.apply(state_BHKV, log_decay_BTHK, q_BTHK, starts_BT)
     y_BTHV = torch.zeros(batch, length, heads, value_width, dtype=dtype, device=state_BHKV.device)
     reach_HK = reach_of_heads(log_decay_BTHK.flatten(2), dtype, starts_BT).view(heads, key_width)
     groups_of_equals = groups_of_heads(reach_HK.amax(1))

@@ -41,23 +41,24 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits_SV = F.linear(hidden_SD, weight_VD, bias).to(dtype)
             counted_S = targets_S != ignore_index
             index_S1 = torch.where(counted_S, targets_S, 0).unsqueeze(1)
-            target_S1, highest_S1 = logits_SV.gather(1, index_S1), logits_SV.amax(1, keepdim=True)
-            # The logits become their exponentials and then their gradient in place: one matrix of them exists.
-            grad_SV = logits_SV.sub_(highest_S1).exp_()
-            normaliser_S1 = grad_SV.sum(1, keepdim=True)
-            loss_S1 = normaliser_S1.log() + highest_S1 - target_S1
+            target_S1 = logits_SV.gather(1, index_S1)
+            highest_S1, highest_index_S1 = logits_SV.max(1, keepdim=True)
+            # The logits become probabilities and then their gradient in place: one matrix of them exists, and a row
+            # stays in cache while it is normalised. The largest probability is one over the normaliser.
+            grad_SV = torch.softmax(logits_SV, 1, out=logits_SV)
+            loss_S1 = highest_S1 - target_S1 - grad_SV.gather(1, highest_index_S1).log()
             total += torch.where(counted_S.unsqueeze(1), loss_S1, 0.0).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
-            grad_SV.div_(normaliser_S1).scatter_add_(1, index_S1, torch.full_like(normaliser_S1, -1.0))
-            grad_SV.masked_fill_(~counted_S.unsqueeze(1), 0.0)
+            grad_SV.scatter_add_(1, index_S1, torch.full_like(target_S1, -1.0))
+            # Tokens that do not count are left out of the products rather than of the large matrix.
             if grad_bias is not None:
-                grad_bias += grad_SV.sum(0)
-            grad_SV = grad_SV.to(hidden_ND.dtype)
+                grad_bias += torch.mv(grad_SV.t(), counted_S.to(dtype))
+            grad_SV, counted_S1 = grad_SV.to(hidden_ND.dtype), counted_S.unsqueeze(1)
             if grad_hidden is not None:
-                torch.mm(grad_SV, weight_VD, out=grad_hidden[start : start + chunk_size])
+                torch.mm(grad_SV, weight_VD, out=grad_hidden[start : start + chunk_size]).mul_(counted_S1)
             if grad_weight is not None:
-                _accumulate(grad_weight, grad_SV.t(), hidden_SD)
+                _accumulate(grad_weight, grad_SV.t(), hidden_SD * counted_S1)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight_VD.dtype, None if bias is None else bias.dtype)
         return total

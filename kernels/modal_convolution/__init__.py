@@ -101,6 +101,11 @@ def modal_readout(
     _check_modes(log_poles_DN, residues_DN, channels)
     starts_BT = checked_starts(document_starts, batch, length)
     dtype = state_dtype(state_BDN, log_poles_DN, residues_DN)
+    if length and triton_support.takes(state_BDN, log_poles_DN, residues_DN):
+        from .triton_readout import WIDEST, TritonModalReadout
+
+        if modes <= WIDEST:
+            return TritonModalReadout.apply(state_BDN, log_poles_DN, residues_DN, length, starts_BT)
     return readout(state_BDN, log_poles_DN, residues_DN, length, starts_BT, dtype)
 
 

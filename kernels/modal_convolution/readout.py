@@ -6,20 +6,18 @@ Legend: B batch, T tokens, D channels, K channels of a group, N modes, M chunks,
 a state.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..documents import first_start
-from ..living import NothingLeft
+from ..living import NothingLeft, negligible_exponent
 from .portable import CHUNK, leaving, powers, real_parts, widest
 
 
 def lifetimes(log_poles_DN: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """(D,) int64: tokens after which less than epsilon to the power 1.5 of any mode is left; at most `length`."""
     slowest_D = (log_poles_DN.real if log_poles_DN.is_complex() else log_poles_DN).detach().double().amax(1)
-    tokens_D = -1.5 * math.log(torch.finfo(dtype).eps) / (-slowest_D).clamp_min(1e-30)
+    tokens_D = negligible_exponent(dtype) / (-slowest_D).clamp_min(1e-30)
     return tokens_D.clamp(max=length).ceil().long()
 
 

@@ -22,14 +22,14 @@ from .triton_walks import mode_gradient_kernel, pass_kernel, walk_kernel
 WIDEST = 64  # modes of a channel that a program holds
 
 
-def _planes(x_DN: Tensor, dtype: torch.dtype) -> Tensor:
+def planes(x_DN: Tensor, dtype: torch.dtype) -> Tensor:
     """(parts, ..., N, D) of (..., D, N): real and imaginary parts apart, channels last."""
     parts = torch.view_as_real(x_DN).movedim(-1, 0) if x_DN.is_complex() else x_DN.unsqueeze(0)
     return parts.transpose(-1, -2).to(dtype).contiguous()
 
 
-def _joined(planes: Tensor, complex_numbers: bool) -> Tensor:
-    """The inverse of `_planes`."""
+def joined(planes: Tensor, complex_numbers: bool) -> Tensor:
+    """The inverse of `planes`."""
     x = planes.transpose(-1, -2)
     return torch.complex(x[0].contiguous(), x[1].contiguous()) if complex_numbers else x[0].contiguous()
 
@@ -55,12 +55,12 @@ class _Modes:
         segments = -(-length // segment)
         wide = log_poles_DN.to(torch.complex128 if log_poles_DN.is_complex() else torch.float64)
         tail = length - (segments - 1) * segment
-        powers = torch.stack([_planes(torch.exp(wide * tokens), torch.float64) for tokens in (segment, tail)])
+        powers = torch.stack([planes(torch.exp(wide * tokens), torch.float64) for tokens in (segment, tail)])
         alive_BS = torch.ones(1, segments, device=log_poles_DN.device)
         if starts_BT is not None:
             padded = torch.nn.functional.pad(starts_BT, (0, segments * segment - length))
             alive_BS = 1.0 - padded.unflatten(1, (segments, segment)).any(2).float()
-        poles, residues = _planes(torch.exp(wide), torch.float32), _planes(residues_DN, torch.float32)
+        poles, residues = planes(torch.exp(wide), torch.float32), planes(residues_DN, torch.float32)
         return _Modes(poles, residues, powers, as_bytes(starts_BT), alive_BS, skip, length, segment)
 
     @property
@@ -147,28 +147,28 @@ class TritonModal(torch.autograd.Function):
         u_BTD = rows_contiguous(u_BTD)
         modes = _Modes.prepare(log_poles_DN, residues_DN, starts_BT, skip, u_BTD.shape[1])
         y_BTD = torch.empty(u_BTD.shape, dtype=u_BTD.dtype, device=u_BTD.device)
-        _, ends = modes.convolve(u_BTD, y_BTD, _planes(initial_BDN, torch.float32), reverse=False)
+        _, ends = modes.convolve(u_BTD, y_BTD, planes(initial_BDN, torch.float32), reverse=False)
         ctx.save_for_backward(u_BTD, log_poles_DN, residues_DN, skip, initial_BDN, starts_BT)
-        return y_BTD, _joined(ends[:, :, -1], modes.complex_numbers)
+        return y_BTD, joined(ends[:, :, -1], modes.complex_numbers)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_y, grad_final = rows_contiguous(grads[0]), _planes(grads[1], torch.float32)
+        grad_y, grad_final = rows_contiguous(grads[0]), planes(grads[1], torch.float32)
         u_BTD, log_poles_DN, residues_DN, skip, initial_BDN, starts_BT = ctx.saved_tensors
         modes = _Modes.prepare(log_poles_DN, residues_DN, starts_BT, skip, u_BTD.shape[1])
         grad_u = torch.empty(u_BTD.shape, dtype=u_BTD.dtype, device=u_BTD.device)
         _, adjoints = modes.convolve(grad_y, grad_u, grad_final, reverse=True)
         ends = modes.walk(u_BTD, grad_u, None, output=False, reverse=False)
-        entering = modes.carry(ends, _planes(initial_BDN, torch.float32))
+        entering = modes.carry(ends, planes(initial_BDN, torch.float32))
         (grad_residues, grad_poles), slope = modes.slopes(u_BTD, grad_y, entering)
         many = modes.complex_numbers
-        from_final = _joined(slope, many).conj() * _joined(grad_final, many)
+        from_final = joined(slope, many).conj() * joined(grad_final, many)
         return (
             grad_u,
-            (_joined(grad_poles, many) + from_final.sum(0)).to(log_poles_DN.dtype),
-            _joined(grad_residues, many).to(residues_DN.dtype),
+            (joined(grad_poles, many) + from_final.sum(0)).to(log_poles_DN.dtype),
+            joined(grad_residues, many).to(residues_DN.dtype),
             None if skip is None else (u_BTD.float() * grad_y.float()).sum((0, 1)).to(skip.dtype),
-            _joined(adjoints[:, :, 0], many).to(initial_BDN.dtype),
+            joined(adjoints[:, :, 0], many).to(initial_BDN.dtype),
             None,
         )

@@ -123,4 +123,7 @@ def selective_scan_readout(
     _expect("C_BTN", C_BTN, (batch, length, states))
     starts_BT = checked_starts(document_starts, batch, length)
     dtype = _state_dtype(state_BDN, delta_BTD, A_DN, C_BTN)
-    return Readout.apply(state_BDN.to(dtype), delta_BTD, A_DN.to(dtype), C_BTN, starts_BT)
+    function: type[torch.autograd.Function] = Readout
+    if triton_support.takes(state_BDN, delta_BTD, A_DN, C_BTN):
+        from .triton_readout import TritonReadout as function
+    return function.apply(state_BDN.to(dtype), delta_BTD, A_DN.to(dtype), C_BTN, starts_BT)

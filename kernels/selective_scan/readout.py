@@ -20,15 +20,11 @@ from torch import Tensor
 
 from ..autograd import first_order
 from ..documents import first_start
+from ..living import negligible_exponent
 
 _BLOCK = 32  # tokens; bands are a multiple of it
 _GROUPS = 8  # most groups of channels in a band
 _PIECE_ELEMENTS = 1 << 18  # states x channels x tokens of a piece: stays in cache, and outweighs the calls
-
-
-def negligible_exponent(dtype: torch.dtype) -> float:
-    """exp of minus this is far below `dtype`'s epsilon: its 1.5th power (float32 4e-11, float64 3e-24)."""
-    return -1.5 * math.log(torch.finfo(dtype).eps)
 
 
 @dataclass

@@ -101,6 +101,11 @@ def state_space_dual_readout(
     starts_BT = checked_starts(document_starts, batch, length)
     dtype = state_dtype(state_BHPN, log_decay_BTH, C_BTGN)
     state_BHPN = state_BHPN.to(dtype)
+    if triton_support.takes(state_BHPN, log_decay_BTH, C_BTGN):
+        from ..triton_readout import WIDEST, TritonReadout
+
+        if max(width, states) <= WIDEST:
+            return TritonReadout.apply(state_BHPN.mT, log_decay_BTH.unsqueeze(-1), C_BTGN, starts_BT)
     y_BTHP = torch.zeros(batch, length, heads, width, dtype=dtype, device=state_BHPN.device)
     groups_of_equals = groups_of_heads(reach_of_heads(log_decay_BTH, dtype, starts_BT))
     if not groups_of_equals:

@@ -13,12 +13,7 @@ Legend: B batch, T tokens, H heads, G groups of heads, P head width, N states, M
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _tile(x, rows, row_stride, row_mask, columns, column_stride, column_mask, DOT: tl.constexpr):
-    """A block of a matrix in the dtype of the products; rows and columns may be exchanged by the caller."""
-    at = x + rows[:, None] * row_stride + columns[None, :] * column_stride
-    return tl.load(at, mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32).to(DOT)
+from ..triton_math import load_tile
 
 
 @triton.jit
@@ -52,8 +47,8 @@ def states_kernel(
     decay_Q = _decay(sum_Q, zero_Q, here) if REVERSE else _decay(tl.load(sums + last * heads) + zero_Q, sum_Q, here)
     x += b * x_strides[0] + h.to(tl.int64) * x_strides[2]
     B += b * B_strides[0] + (h // (heads // groups)).to(tl.int64) * B_strides[2]
-    x_PQ = _tile(x, p, 1, p < width, t, x_strides[1], valid, tl.float32)
-    B_QN = _tile(B, t, B_strides[1], valid, n, 1, n < states, DOT)
+    x_PQ = load_tile(x, p, 1, p < width, t, x_strides[1], valid, tl.float32)
+    B_QN = load_tile(B, t, B_strides[1], valid, n, 1, n < states, DOT)
     added_PN = tl.dot((x_PQ * decay_Q[None, :]).to(DOT), B_QN, input_precision="tf32x3")
     target = added + ((b * chunks + m) * heads + h) * width * states
     mask = (p < width)[:, None] & (n < states)[None, :]
@@ -62,9 +57,12 @@ def states_kernel(
 
 @triton.jit
 def pass_kernel(
-    added, whole, outermost, carried, last, heads, size, chunks, BLOCK: tl.constexpr, REVERSE: tl.constexpr
+    added, whole, outermost, carried, last, heads, size, shared, chunks, BLOCK: tl.constexpr, REVERSE: tl.constexpr
 ):
-    """States (REVERSE: adjoints) that enter each chunk, and the one that leaves the last; chunk after chunk."""
+    """States (REVERSE: adjoints) that enter each chunk, and the one that leaves the last; chunk after chunk.
+
+    Of a state's `size` numbers, `shared` in a row have one decay in `whole`.
+    """
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
@@ -72,7 +70,8 @@ def pass_kernel(
     for step in range(0, chunks):
         row = (b * chunks + ((chunks - 1 - step) if REVERSE else step)) * heads + h
         tl.store(carried + row * size + i, state, mask=mask)
-        state = state * tl.load(whole + row) + tl.load(added + row * size + i, mask=mask, other=0.0)
+        decay = tl.load(whole + row * (size // shared) + i // shared, mask=mask, other=0.0)
+        state = state * decay + tl.load(added + row * size + i, mask=mask, other=0.0)
     tl.store(last + (b * heads + h) * size + i, state, mask=mask)
 
 
@@ -100,13 +99,13 @@ def output_kernel(
         count_Q = tl.load(count + t, mask=valid, other=-1)
         pairs = pairs & (count_Q[:, None] == count_Q[None, :])
         from_before = from_before & (count_Q == tl.load(count + begin - 1, mask=begin > 0, other=0))
-    C_QN = _tile(C, t, C_strides[1], valid, n, 1, mask_N, DOT)
-    B_NQ = _tile(B, n, 1, mask_N, t, B_strides[1], valid, DOT)
+    C_QN = load_tile(C, t, C_strides[1], valid, n, 1, mask_N, DOT)
+    B_NQ = load_tile(B, n, 1, mask_N, t, B_strides[1], valid, DOT)
     scores_QQ = tl.dot(C_QN, B_NQ, input_precision="tf32x3") * _decay(sum_Q[:, None], sum_Q[None, :], pairs)
-    x_QP = _tile(x, t, x_strides[1], valid, p, 1, mask_P, DOT)
+    x_QP = load_tile(x, t, x_strides[1], valid, p, 1, mask_P, DOT)
     y_QP = tl.dot(scores_QQ.to(DOT), x_QP, input_precision="tf32x3")
     entering += ((b * chunks + m) * heads + h) * width * states
-    state_NP = _tile(entering, n, 1, mask_N, p, states, mask_P, DOT)
+    state_NP = load_tile(entering, n, 1, mask_N, p, states, mask_P, DOT)
     since_Q = _decay(sum_Q, tl.zeros([Q], dtype=tl.float64), from_before)
     y_QP += tl.dot(C_QN, state_NP, input_precision="tf32x3") * since_Q[:, None]
     target = y + ((b * length + t) * heads + h)[:, None] * width + p[None, :]
@@ -148,9 +147,9 @@ def gradient_kernel(
     g = (first_head // (heads // groups)).to(tl.int64)
     own += b * own_strides[0] + g * own_strides[2]
     other += b * other_strides[0] + g * other_strides[2]
-    own_QN = _tile(own, t, own_strides[1], valid, n, 1, mask_N, DOT)
-    other_QN = _tile(other, t, other_strides[1], valid, n, 1, mask_N, DOT)
-    other_NQ = _tile(other, n, 1, mask_N, t, other_strides[1], valid, DOT)
+    own_QN = load_tile(own, t, own_strides[1], valid, n, 1, mask_N, DOT)
+    other_QN = load_tile(other, t, other_strides[1], valid, n, 1, mask_N, DOT)
+    other_NQ = load_tile(other, n, 1, mask_N, t, other_strides[1], valid, DOT)
     products_QQ = tl.dot(own_QN, other_NQ, input_precision="tf32x3")
     grad_own_QN = tl.zeros([Q, N_BLOCK], dtype=tl.float32)
     zero_Q = tl.zeros([Q], dtype=tl.float64)
@@ -166,10 +165,10 @@ def gradient_kernel(
             decay_QQ = _decay(sum_Q[None, :], sum_Q[:, None], pairs)
             outside_Q = _decay(tl.load(sums + (b * length + last) * heads + h) + zero_Q, sum_Q, outside)
         state = carried + ((b * chunks + m) * heads + h) * width * states
-        mine_QP = _tile(my, t, mine_strides[1], valid, p, 1, mask_P, DOT)
-        theirs_PQ = _tile(their, p, 1, mask_P, t, their_strides[1], valid, DOT)
+        mine_QP = load_tile(my, t, mine_strides[1], valid, p, 1, mask_P, DOT)
+        theirs_PQ = load_tile(their, p, 1, mask_P, t, their_strides[1], valid, DOT)
         grad_QQ = tl.dot(mine_QP, theirs_PQ, input_precision="tf32x3") * decay_QQ
-        state_PN = _tile(state, p, states, mask_P, n, 1, mask_N, DOT)
+        state_PN = load_tile(state, p, states, mask_P, n, 1, mask_N, DOT)
         read_QN = tl.dot(mine_QP, state_PN, input_precision="tf32x3") * outside_Q[:, None]
         grad_own_QN += tl.dot(grad_QQ.to(DOT), other_QN, input_precision="tf32x3") + read_QN
         read_Q = tl.sum(read_QN * own_QN.to(tl.float32), axis=1)
@@ -178,8 +177,8 @@ def gradient_kernel(
         if not LATER:
             # exponents of what the state keeps are differences from the sum at the last token
             grad_sum_Q -= tl.where(t == last, tl.sum(read_Q, axis=0), 0.0)
-            theirs_QP = _tile(their, t, their_strides[1], valid, p, 1, mask_P, DOT)
-            state_NP = _tile(state, n, 1, mask_N, p, states, mask_P, DOT)
+            theirs_QP = load_tile(their, t, their_strides[1], valid, p, 1, mask_P, DOT)
+            state_NP = load_tile(state, n, 1, mask_N, p, states, mask_P, DOT)
             grad_QP = tl.dot((products_QQ * decay_QQ).to(DOT), theirs_QP, input_precision="tf32x3")
             grad_QP += tl.dot(own_QN, state_NP, input_precision="tf32x3") * outside_Q[:, None]
             target = grad_mine + token[:, None] * width + p[None, :]

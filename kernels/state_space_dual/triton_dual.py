@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from .. import triton_support
 from ..autograd import first_order
+from ..triton_math import dot_type
 from ..triton_support import batch_strides, interpreting, power_of_two, rows_contiguous
 from .triton_chunks import gradient_kernel, output_kernel, pass_kernel, states_kernel
-
-_DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def fits(x_BTHP: Tensor, B_BTGN: Tensor) -> bool:
@@ -68,9 +66,8 @@ class _Inputs:
 
     def options(self) -> dict[str, Any]:
         _, _, _, width, states, _ = self.sizes()
-        dtype = torch.float32 if interpreting() else self.x_BTHP.dtype  # the interpreter's bfloat16 products are wrong
         blocks = {"P_BLOCK": max(16, power_of_two(width)), "N_BLOCK": max(16, power_of_two(states))}
-        return {"Q": self.chunk, "DOT": _DOT_TYPES[dtype], "num_warps": 8, "num_stages": 1, **blocks}
+        return {"Q": self.chunk, "DOT": dot_type(self.x_BTHP.dtype), "num_warps": 8, "num_stages": 1, **blocks}
 
     def count_stride(self) -> int:
         return batch_strides(self.count_BT)[0]
@@ -84,14 +81,21 @@ class _Inputs:
             states_kernel, (chunks, heads, batch), x, self.sums_BTH, B, self.count_BT, added, *self.sizes(),
             x.stride()[:3], B.stride()[:3], self.count_stride(), REVERSE=reverse, **self.options(),
         )  # fmt: skip
-        carried, last = torch.empty_like(added), torch.empty_like(added[:, 0])
-        size = width * states
-        block = min(1024, power_of_two(size))
-        triton_support.launch(
-            pass_kernel, (-(-size // block), heads, batch), added, self.whole_BMH, outermost_BHPN.contiguous(),
-            carried, last, heads, size, chunks, BLOCK=block, REVERSE=reverse, num_warps=4,
-        )  # fmt: skip
-        return carried, last
+        return pass_states(added, self.whole_BMH, outermost_BHPN, reverse=reverse)
+
+
+def pass_states(added_BMH: Tensor, whole_BMH: Tensor, outermost_BH: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+    """What enters each chunk, from the left or in reverse, and what leaves the outermost one; float32 matrices of any
+    shape behind (B, M, H), with one decay for each or, `whole_BMH` being (B, M, H, rows), for each of their rows."""
+    batch, chunks, heads = added_BMH.shape[:3]
+    carried, last = torch.empty_like(added_BMH), torch.empty_like(added_BMH[:, 0])
+    size = last[0, 0].numel()
+    block = min(1024, power_of_two(size))
+    triton_support.launch(
+        pass_kernel, (-(-size // block), heads, batch), added_BMH, whole_BMH, outermost_BH.contiguous(), carried, last,
+        heads, size, size // whole_BMH[0, 0, 0].numel(), chunks, BLOCK=block, REVERSE=reverse, num_warps=4,
+    )  # fmt: skip
+    return carried, last
 
 
 class TritonDual(torch.autograd.Function):

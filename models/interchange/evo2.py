@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..mixers.striped_hyena_2 import decaying_window
 from .files import InterchangeError, Region
 from .layout import Layout, Stored, first_of, layer_options, write_plan
 from .mapping import Conversion, TensorMap
@@ -154,10 +155,8 @@ def _windowed(window_FK: Tensor) -> Conversion:
 
 
 def _window(config: ModelConfig, index: int, groups: int, taps: int) -> Tensor:
-    """(F, K), float64: see `HyenaMR.window`."""
-    slowest = getattr(config.mixer_options(config.plan[index]), "slowest", 1.0)
-    alpha_F = torch.logspace(torch.tensor(slowest).log10().item(), 2, groups, dtype=torch.float64)
-    return torch.exp(-alpha_F[:, None] * torch.linspace(0, 1, taps, dtype=torch.float64))
+    """(F, K), float64: MR's at layer `index`."""
+    return decaying_window(getattr(config.mixer_options(config.plan[index]), "slowest", 1.0), groups, taps)
 
 
 def _read_plan(stored: Stored) -> str:

@@ -42,11 +42,19 @@ class ExactConba(Mixer):
         self.W = self.parameter("W", (2 * state, state), fan_in_uniform(0.5))
         self.U = self.parameter("U", (2 * state, state), fan_in_uniform(0.5))
         self.c = self.parameter("c", (2 * state,), constant(0.0))
-        self.scaling = Linear(state, state, fan_in_uniform(), bias=True)
+        self.scaling = Linear(state, state, fan_in_uniform(), bias=True, half=False)
         self.control_gain = self.parameter("control_gain", (state, state), constant(0.0))
         self.out_proj = Linear(state, place.width, normal(place.init_std / math.sqrt(2 * place.num_layers)))
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
+        return self.read(x_BTD, shard, self.initial(x_BTD.shape[0], at_least_float32(x_BTD)))[0]
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        y_BTD, following = self.read(x_BTD, shard, state["loop"])
+        return y_BTD, {"loop": following}
+
+    def read(self, x_BTD: Tensor, shard: SequenceShard, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs after the state `first` before the sequence, and the state after this shard's last token."""
         desired_BTN2 = at_least_float32(self.desired(x_BTD))
         initial = self.initial(x_BTD.shape[0], desired_BTN2)
         starts_BT = shard.start_mask(x_BTD.device)
@@ -60,8 +68,8 @@ class ExactConba(Mixer):
                 outputs.append(y_BN)
             return torch.stack(outputs, dim=1), state
 
-        y_BTN, _ = sequential_state(run, initial, shard)
-        return self.out_proj(y_BTN.to(x_BTD.dtype))
+        y_BTN, following = sequential_state(run, first, shard)
+        return self.out_proj(y_BTN.to(x_BTD.dtype)), following
 
     def advance(self, desired: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token: (C x_{k+1}, the next state). `desired`: y_d and u_d; `state`: x, e of the token before, and K."""

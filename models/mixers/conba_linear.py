@@ -74,17 +74,29 @@ class LinearConba(Mixer):
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
         loop = self.select(x_BTD)
+        answer_BTHN, _ = self.recall(loop, shard)
+        return self.read_out(answer_BTHN, loop)
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        loop = self.select(x_BTD)
+        answer_BTHN, memory_BHNN = self.recall(loop, shard, state["memory"])
+        last = Loop(*(part[:, -1] for part in loop))
+        return self.read_out(answer_BTHN, loop), {"memory": self.store(last, memory_BHNN)}
+
+    def recall(self, loop: Loop, shard: SequenceShard, initial_BHNN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the memory answers each token (B, T, H, N), and the memory without what the last token stores.
+
+        `initial_BHNN`: the memory before the sequence, where there is one.
+        """
         # what the token before stored; zeros before a document's first token
         rates = token_shift(torch.cat([loop.log_a, loop.learn], dim=-1), shard)
         log_a_BTH, learn_BTH = (rate.unsqueeze(-1) for rate in rates.chunk(2, dim=-1))
         stored = token_shift(torch.cat([loop.k, loop.v], dim=-1).flatten(2), shard).unflatten(2, (-1, 2 * self.state))
         k_BTHN, v_BTHN = stored.chunk(2, dim=-1)
-        learn_BTH = learn_BTH.to(x_BTD.dtype)
-        log_w_BTHN = log_a_BTH.expand(k_BTHN.shape)
-        answer_BTHN = matrix_memory(
-            self.question(loop), log_w_BTHN, k_BTHN, learn_BTH * v_BTHN, -learn_BTH * k_BTHN, k_BTHN, shard
-        )
-        return self.read_out(answer_BTHN, loop)
+        learn_BTH = learn_BTH.to(k_BTHN.dtype)
+        sequences = (learn_BTH * v_BTHN, -learn_BTH * k_BTHN, k_BTHN)
+        question_BTHN, log_w_BTHN = self.question(loop), log_a_BTH.expand(k_BTHN.shape)
+        return matrix_memory(question_BTHN, log_w_BTHN, k_BTHN, *sequences, shard, initial_BHNN)
 
     def select(self, x_BTD: Tensor) -> Loop:
         """The token's part in the loop; rates in float32 or better."""
@@ -115,11 +127,14 @@ class LinearConba(Mixer):
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         loop, S_BHNN = self.select(x_BD), state["memory"]
         answer_BHN = (S_BHNN @ self.question(loop).to(S_BHNN.dtype).unsqueeze(-1)).squeeze(-1)
+        return self.read_out(answer_BHN, loop), {"memory": self.store(loop, S_BHNN)}
+
+    def store(self, loop: Loop, S_BHNN: Tensor) -> Tensor:
+        """The memory after one token's part in the loop, (..., H, ...) without a dimension of tokens."""
         k_BHN, v_BHN = loop.k.to(S_BHNN.dtype), loop.v.to(S_BHNN.dtype)
         a_BH11, learn_BH1 = torch.exp(loop.log_a)[..., None, None], loop.learn.unsqueeze(-1)
         error_BHN = (S_BHNN @ k_BHN.unsqueeze(-1)).squeeze(-1) - v_BHN
-        S_BHNN = a_BH11 * S_BHNN - (learn_BH1 * error_BHN).unsqueeze(-1) * k_BHN.unsqueeze(-2)
-        return self.read_out(answer_BHN, loop), {"memory": S_BHNN}
+        return a_BH11 * S_BHNN - (learn_BH1 * error_BHN).unsqueeze(-1) * k_BHN.unsqueeze(-2)
 
     def flops_per_token(self, context: int) -> float:
         matrices = (self.select_gate, self.select_value, self.select_out, self.scaling, self.value, self.out_proj)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...parallel import Constant, SequenceShard, halo, prefix_state
 from ..parameters import at_least_float32
-from .base import LayerPlace, State, linear_flops
+from .base import LayerPlace, State, linear_flops, window_before
 from .gau import GatedUnit, GatedUnitOptions
 
 
@@ -70,6 +70,40 @@ class Flash(GatedUnit):
         far_BICE = (far_BICE / reach.before_chunk_BIC1).masked_fill(~reach.far_BIC1, 0)
         out_BTE = (out_BICE + far_BICE).flatten(1, 2)[:, :length]
         return self.out_proj(u_BTE * out_BTE.to(x_BTD.dtype))
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        """Chunk by chunk of the document: each process takes in what came before it in its first token's chunk."""
+        begun, length = state["keys"].shape[1], x_BTD.shape[1]
+        first = begun + shard.start  # counted from the beginning of the state's chunk
+        position_1 = state["tokens_before"] + first
+        positions_T = position_1 + torch.arange(length, device=x_BTD.device)
+        u_BTE, v_BTE, (q_BTS, k_BTS, q_lin_BTS, k_lin_BTS) = self.project(x_BTD, positions_T)
+        carried = torch.cat([state["keys"], state["linear_keys"], state["values"]], dim=-1)
+        carried = F.pad(carried, (0, 0, self.chunk - 1 - begun, 0))
+        told = torch.cat([k_BTS, k_lin_BTS, v_BTE], dim=-1)
+        missing = first % self.chunk
+        told = torch.cat([window_before(told, carried, shard), told], dim=1)[:, self.chunk - 1 - missing :]
+        sizes = [self.key_dim, self.key_dim, self.channels]
+        k_BICS, k_lin_BICS, v_BICE = self.blocks(told).split(sizes, dim=-1)
+        queries = F.pad(torch.cat([q_BTS, q_lin_BTS], dim=-1) * self.key_dim**-0.5, (0, 0, missing, 0))
+        q_BICS, q_lin_BICS = self.blocks(queries).split(self.key_dim, dim=-1)
+        out_BICE = F.relu((q_BICS @ k_BICS.mT).tril()).square() / self.chunk @ v_BICE
+        complete = told.shape[1] // self.chunk
+        fed_BISE = at_least_float32(k_lin_BICS[:, :complete]).mT @ at_least_float32(v_BICE[:, :complete])
+        entering_BSE = state["sum"]
+        if shard.size > 1:
+            own_BSE = fed_BISE.sum(dim=1) + (entering_BSE if shard.rank == 0 else 0)
+            before_BSE = prefix_state(Constant(own_BSE.new_zeros(())), own_BSE, shard)
+            entering_BSE = before_BSE if shard.rank else entering_BSE
+        sums_BISE = torch.cat([entering_BSE.unsqueeze(1), fed_BISE], dim=1).cumsum(dim=1)
+        before_I = position_1 - missing + self.chunk * torch.arange(v_BICE.shape[1], device=x_BTD.device)
+        far_BICE = at_least_float32(q_lin_BICS) @ sums_BISE[:, : v_BICE.shape[1]]
+        out_BTE = (out_BICE + far_BICE / before_I.clamp(min=1).view(-1, 1, 1)).flatten(1, 2)
+        y_BTD = self.out_proj(u_BTE * out_BTE[:, missing : missing + length].to(x_BTD.dtype))
+        rest = told[:, complete * self.chunk :].split(sizes, dim=-1)
+        cache = dict(zip(("keys", "linear_keys", "values"), rest, strict=True))
+        after_1 = position_1 - missing + complete * self.chunk
+        return y_BTD, {**cache, "sum": sums_BISE[:, complete], "tokens_before": after_1}
 
     def weights(self, q_BICS: Tensor, k_BICS: Tensor, q_lin_BICS: Tensor, k_lin_BICS: Tensor, reach: Reach) -> Tensor:
         """(B, I, C, W) weight of each token of blocks i - 1 and i for each query of block i."""

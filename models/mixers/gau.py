@@ -27,7 +27,7 @@ from ...kernels import rotary
 from ...kernels.attention import Range
 from ...parallel import SequenceShard, pair_sum
 from ..parameters import Linear, constant, fan_in_uniform
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
+from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, tokens_so_far
 
 SCORES_AT_ONCE = 1 << 24
 """Scores of one batch that exist at one time; the rest is computed again in the backward pass."""
@@ -63,8 +63,8 @@ class GatedUnit(Mixer):
         self.key_dim, self.channels = options.key_dim, options.expand * place.width
         self.rotary_base = options.rotary_base
         self.in_proj = Linear(place.width, 2 * self.channels + self.key_dim, fan_in_uniform())
-        self.gamma = self.parameter("gamma", (rows, self.key_dim), near_one, decay=False)
-        self.beta = self.parameter("beta", (rows, self.key_dim), constant(0.0), decay=False)
+        self.gamma = self.parameter("gamma", (rows, self.key_dim), near_one, decay=False, half=True)
+        self.beta = self.parameter("beta", (rows, self.key_dim), constant(0.0), decay=False, half=True)
         self.out_proj = Linear(self.channels, place.width, fan_in_uniform(place.num_layers**-0.5))
 
     def project(self, x_BTD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -88,6 +88,19 @@ class GAU(GatedUnit):
         sums_BTE = pair_sum(squared_relu, q_BTS, torch.cat([k_BTS, v_BTE], dim=-1), shard)
         seen_BT1 = (positions_T - shard.document_begin(x_BTD.device) + 1).unsqueeze(-1)
         return self.out_proj(u_BTE * (sums_BTE / seen_BT1).to(x_BTD.dtype))
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        past = state["keys"].shape[1]
+        positions_T = past + torch.arange(shard.start, shard.stop, device=x_BTD.device)
+        u_BTE, v_BTE, (q_BTS, k_BTS) = self.project(x_BTD, positions_T)
+        told = torch.cat([k_BTS, v_BTE], dim=-1)
+        known = torch.cat([state["keys"], state["values"]], dim=-1)
+        sums_BTE = pair_sum(squared_relu, q_BTS, told, shard)
+        if past:
+            sums_BTE = sums_BTE + squared_relu(q_BTS, known, Range(past + shard.start, 0, None))
+        y_BTD = self.out_proj(u_BTE * (sums_BTE / (positions_T + 1).unsqueeze(-1)).to(x_BTD.dtype))
+        known = torch.cat([known, tokens_so_far(told, shard)], dim=1)
+        return y_BTD, {"keys": known[..., : self.key_dim], "values": known[..., self.key_dim :]}
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
         widths = {"keys": self.key_dim, "values": self.channels}

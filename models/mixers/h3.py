@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ...kernels import long_convolution
 from ...parallel import FiniteFilter, ModalFilter, SequenceShard, begin_convolve, convolve
 from ..parameters import Linear, at_least_float32, normal, uniform
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
-from .modal import modal_step
+from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
+from .modal import modal_prefill, modal_step
 from .s4d import DiagonalStateSpace, Discretisation, S4DOptions
 
 
@@ -68,6 +69,15 @@ class H3(Mixer):
         finish = begin_convolve(kv_BTE, ModalFilter(log_poles_EN, residues_EN), shard, skip=skip_E)
         q_BTD = self.q_proj(x_BTD)
         return self.out_proj(self.read(q_BTD, finish()).to(x_BTD.dtype))
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        length, k_BTD = x_BTD.shape[1], self.k_proj(x_BTD)
+        window_BND = torch.cat([window_before(k_BTD, state["shift"], shard), k_BTD], dim=1)
+        shifted_BND = long_convolution(window_BND, self.shift_taps(), skip=at_least_float32(self.shift_D))
+        kv_BTE = self.outer(shifted_BND[:, -length:].to(x_BTD.dtype), self.v_proj(x_BTD))
+        s_BTE, state_BEN = modal_prefill(kv_BTE, state["ssm"], *self.modes(), shard)
+        y_BTD = self.out_proj(self.read(self.q_proj(x_BTD), s_BTE).to(x_BTD.dtype))
+        return y_BTD, {"shift": window_BND[:, length:], "ssm": state_BEN}
 
     def outer(self, k_BTD: Tensor, v_BTD: Tensor) -> Tensor:
         """k v' within each head, (..., H K K) flat."""

@@ -22,8 +22,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels import short_convolution
-from ...parallel import Filter, SequenceShard, convolve, halo
+from ...kernels import long_convolution, short_convolution
+from ...parallel import Filter, SequenceShard, SharedFilter, convolve, halo
 from ..parameters import Linear, ParameterModule, at_least_float32, constant, fan_in_uniform, normal, uniform
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, tokens_so_far, window_before
 
@@ -67,7 +67,7 @@ class ImplicitFilter(ParameterModule):
         super().__init__()
         self.options, self.channels, self.rounds = options, channels, options.order - 1
         widths = [options.features] + [options.filter_width] * (options.filter_layers + 1)
-        layers = [Linear(a, b, normal(init_std), bias=True) for a, b in pairwise(widths)]
+        layers = [Linear(a, b, normal(init_std), bias=True, half=False) for a, b in pairwise(widths)]
         self.layers = torch.nn.ModuleList(layers)
         # one set of sine frequencies, shared by all layers as in the authors' code
         self.frequency = self.parameter("frequency", (options.filter_width,), constant(options.sine))
@@ -93,6 +93,17 @@ class ImplicitFilter(ParameterModule):
                 hidden_LF = torch.sin(frequency_F * F.linear(hidden_LF, weight, bias))
             filter_DL = at_least_float32(self.output[channels, convolution]) @ hidden_LF.t()
             return filter_DL * self.window(positions_L, channels, convolution)
+
+    @property
+    def hidden(self) -> list[torch.nn.Parameter]:
+        """The matrices that all channels share."""
+        return [layer.weight for layer in self.layers if isinstance(layer, Linear)]
+
+    @property
+    def shared_flops(self) -> float:
+        """Operations a lag, once for all channels: the matrices, and sines at ten each."""
+        sines = self.options.features + self.options.filter_width * len(self.layers)
+        return linear_flops(*self.hidden) + 10 * sines
 
     def features(self, positions_L: Tensor) -> Tensor:
         """(L, E): the position in [0, 1], then cosines and negative sines of it."""
@@ -140,22 +151,27 @@ class Hyena(Mixer):
         return self.mix(streams_BTM, halo(streams_BTM, self.conv_weight.shape[1] - 1, shard), shard)[0]
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
-        if state["history"].shape[1]:
-            return super().prefill(x_BTD, shard, state)
-        streams_BTM = self.in_proj(x_BTD)
+        streams_BTM, past_BSND = self.in_proj(x_BTD), state["history"]
         before_BWM = window_before(streams_BTM, state["conv"], shard)
-        y_BTD, inputs = self.mix(streams_BTM, before_BWM, shard)
-        lags_L = torch.arange(shard.stop, device=x_BTD.device)
+        y_BTD, inputs = self.mix(streams_BTM, before_BWM, shard, past_BSND)
+        inputs_BSND = tokens_so_far(torch.stack(inputs, dim=2), shard)
+        lags_L = torch.arange(past_BSND.shape[1] + shard.stop, device=x_BTD.device)
         taps = [self.filter(lags_L, slice(0, self.width), convolution) for convolution in range(self.order - 1)]
         return y_BTD, {
             "conv": torch.cat([before_BWM, streams_BTM], dim=1)[:, -before_BWM.shape[1] :],
-            "history": tokens_so_far(torch.stack(inputs, dim=2), shard),
+            "history": torch.cat([past_BSND, inputs_BSND], dim=1),
             "taps": torch.stack(taps).unsqueeze(0),
         }
 
-    def mix(self, streams_BTM: Tensor, before_BWM: Tensor, shard: SequenceShard) -> tuple[Tensor, list[Tensor]]:
-        """The outputs, and the inputs (B, T, D) of each long convolution."""
-        self.check_length(shard.length)
+    def mix(
+        self, streams_BTM: Tensor, before_BWM: Tensor, shard: SequenceShard, past_BSND: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The outputs, and the inputs (B, T, D) of each long convolution.
+
+        `past_BSND`: those inputs at the tokens before the sequence, where there are any.
+        """
+        past = 0 if past_BSND is None else past_BSND.shape[1]
+        self.check_length(past + shard.length)
         dtype, inputs = streams_BTM.dtype, []
         streams_BTM = short_convolution(
             streams_BTM,
@@ -167,12 +183,20 @@ class Hyena(Mixer):
         *gates, v_BTD = streams_BTM.split(self.width, dim=-1)
         for convolution in range(self.order - 1):
             inputs.append(gates.pop() * v_BTD)
-            v_BTD = convolve(inputs[-1], self.taps(convolution), shard, skip=self.skip[convolution])
+            taps, skip_D = self.taps(convolution), self.skip[convolution]
+            if past_BSND is None or not past:
+                v_BTD = convolve(inputs[-1], taps, shard, skip=skip_D)
+                continue
+            seen_BSD = torch.cat([past_BSND[:, :, convolution], tokens_so_far(inputs[-1], shard)], dim=1)
+            taps_DS = taps(torch.arange(seen_BSD.shape[1], device=seen_BSD.device), slice(0, self.width))
+            v_BTD = long_convolution(seen_BSD, taps_DS, skip=skip_D)[:, -shard.local_length :]
         return self.out_proj((gates.pop() * v_BTD).to(dtype)), inputs
 
     def taps(self, convolution: int) -> Filter:
         """The filter as `parallel.convolve` asks for it: (global lags, channels) -> taps."""
-        return lambda lags_K, channels: self.filter(lags_K, channels, convolution)
+        return SharedFilter(
+            lambda lags_K, channels: self.filter(lags_K, channels, convolution), self.filter.shared_flops
+        )
 
     def check_length(self, length: int) -> None:
         longest = self.filter.options.max_length
@@ -217,8 +241,7 @@ class Hyena(Mixer):
         return torch.cat([taps_1NDS, torch.stack(filters).unsqueeze(0)], dim=-1)
 
     def flops_per_token(self, context: int) -> float:
-        filter_layers = [layer.weight for layer in self.filter.layers if isinstance(layer, Linear)]
-        evaluation = linear_flops(*filter_layers, self.filter.output) / (self.order - 1)
+        evaluation = linear_flops(*self.filter.hidden, self.filter.output) / (self.order - 1)
         # three transforms of twice the length at 2.5 n log2 n real operations each, and the products between them
         transforms = self.width * (3 * 2.5 * 2 * math.log2(2 * max(context, 1)) + 6)
         linear = linear_flops(self.in_proj.weight, self.out_proj.weight, self.conv_weight)

@@ -21,6 +21,7 @@ from ...kernels import state_space_dual, state_space_dual_readout
 from ...parallel import Constant, SequenceShard, prefix_state
 from ..parameters import Linear, at_least_float32, normal
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
+from .dual import dual_prefill
 
 
 class LinearAttentionOptions(MixerOptions):
@@ -58,6 +59,13 @@ class LinearAttention(Mixer):
             entering_BHPK = prefix_state(transition, state_BHPK, shard)
             y_BTHP = y_BTHP + state_space_dual_readout(entering_BHPK, decay_BTH, q_BTHK, document_starts=starts_BT)
         return self.out_proj(self.ratio(y_BTHP).to(x_BTD.dtype))
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        q_BTHK, k_BTHK, v_BTHP = self.project(x_BTD)
+        decay_BTH = q_BTHK.new_zeros(q_BTHK.shape[:3])
+        undiminished = Constant(decay_BTH.new_zeros(1))
+        y_BTHP, sums_BHPK = dual_prefill(v_BTHP, decay_BTH, k_BTHK, q_BTHK, state["sums"], undiminished, shard)
+        return self.out_proj(self.ratio(y_BTHP).to(x_BTD.dtype)), {"sums": sums_BHPK}
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f(q), f(k) (..., H, K) and [v, 1] (..., H, P), in float32 or better: a ratio of sums cancels badly."""

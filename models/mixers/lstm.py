@@ -59,6 +59,11 @@ class LSTM(Mixer):
         h_BTH, _ = sequential_state(lambda state_B2H: self.run(x_BTD, state_B2H, starts_BT), initial_B2H, shard)
         return self.out_proj(h_BTH.to(dtype))
 
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        wide_BTD, memory_B2H = at_least_float32(x_BTD), state["memory"]
+        h_BTH, memory_B2H = sequential_state(lambda state_B2H: self.run(wide_BTD, state_B2H, None), memory_B2H, shard)
+        return self.out_proj(h_BTH.to(x_BTD.dtype)), {"memory": memory_B2H}
+
     def run(self, x_BTD: Tensor, state_B2H: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs h and the last (h, c): stretch by stretch between the places where a document begins in some row."""
         cuts = [] if starts_BT is None else starts_BT.any(dim=0).nonzero().flatten().tolist()

@@ -4,9 +4,9 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t        y_t = C_t h_t + D x_t        out = out_proj(y * SiLU(z))
 
 Split along the sequence: the convolution takes a halo; each shard scans from zero and `prefix_state` gives the state
-that really enters it, whose contribution is added before the gate. What travels is one state and one sum of step
-sizes a channel, whatever the length. With `inner_norms` it is Jamba's mixer (arXiv 2403.19887): RMS norms on delta,
-B and C.
+that really enters it, whose contribution is added before the gate. What travels, while the gate is projected, is one
+state and one sum of step sizes a channel, whatever the length. With `inner_norms` it is Jamba's mixer (arXiv
+2403.19887): RMS norms on delta, B and C.
 
 Shapes: B batch, T local tokens, D model width, C inner channels, N state size, R rank of delta, W convolution width.
 """
@@ -14,7 +14,7 @@ Shapes: B batch, T local tokens, D model width, C inner channels, N state size, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels import selective_scan, selective_scan_readout, short_convolution
-from ...parallel import PerChannel, SequenceShard, halo, prefix_state
+from ...parallel import PerChannel, SequenceShard, begin_prefix_state, halo
 from ..parameters import Initialiser, Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, uniform
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
 
@@ -58,7 +58,7 @@ class Mamba(Mixer):
         self.conv_bias = self.parameter("conv_bias", (channels,), conv_bias_init) if options.conv_bias else None
         self.x_proj = Linear(channels, sum(self.sizes), fan_in_uniform())
         step_sizes = log_uniform_step_sizes(options.dt_min, options.dt_max)
-        self.dt_proj = Linear(rank, channels, uniform(rank**-0.5), bias=True, bias_init=step_sizes)
+        self.dt_proj = Linear(rank, channels, uniform(rank**-0.5), bias=True, bias_init=step_sizes, half=False)
         self.A_log = self.parameter("A_log", (channels, state), log_integers, decay=False)
         self.D = self.parameter("D", (channels,), constant(1.0))
         self.out_proj = Linear(channels, width, fan_in_uniform(place.num_layers**-0.5), bias=options.bias)
@@ -66,24 +66,39 @@ class Mamba(Mixer):
         self.inner_norms = torch.nn.ModuleList(norms)
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
-        u_BTC, z_BTC = self.in_proj(x_BTD).chunk(2, dim=-1)
-        before_BWC = halo(u_BTC, self.conv_weight.shape[1] - 1, shard)
-        y_BTC, _ = self.scan(u_BTC, before_BWC, None, shard)
-        return self.out_proj((y_BTC * F.silu(z_BTC)).to(x_BTD.dtype))
+        u_BTC = self.project_input(x_BTD)
+        finish = self.begin_scan(u_BTC, halo(u_BTC, self.conv_weight.shape[1] - 1, shard), None, shard)
+        z_BTC = self.project_gate(x_BTD)
+        y_BTC, _ = finish()
+        return self.output(y_BTC, z_BTC)
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
-        u_BTC, z_BTC = self.in_proj(x_BTD).chunk(2, dim=-1)
+        u_BTC = self.project_input(x_BTD)
         before_BWC = window_before(u_BTC, state["conv"], shard)
-        y_BTC, leaving_BCN = self.scan(u_BTC, before_BWC, state["scan"], shard)
+        finish = self.begin_scan(u_BTC, before_BWC, state["scan"], shard)
+        z_BTC = self.project_gate(x_BTD)
+        y_BTC, leaving_BCN = finish()
         conv_BWC = torch.cat([before_BWC, u_BTC], dim=1)[:, -before_BWC.shape[1] :]
-        return self.out_proj((y_BTC * F.silu(z_BTC)).to(x_BTD.dtype)), {"conv": conv_BWC, "scan": leaving_BCN}
+        return self.output(y_BTC, z_BTC), {"conv": conv_BWC, "scan": leaving_BCN}
 
-    def scan(
+    def project_input(self, x_BTD: Tensor) -> Tensor:
+        """The first channels of `in_proj`, which are convolved and scanned."""
+        return self._project(x_BTD, 0)
+
+    def project_gate(self, x_BTD: Tensor) -> Tensor:
+        """z, the other channels."""
+        return self._project(x_BTD, 1)
+
+    def _project(self, x_BTD: Tensor, half: int) -> Tensor:
+        weight, bias = self.in_proj.weight.chunk(2)[half], self.in_proj.bias
+        return F.linear(x_BTD, weight, None if bias is None else bias.chunk(2)[half])
+
+    def begin_scan(
         self, u_BTC: Tensor, before_BWC: Tensor, initial_BCN: Tensor | None, shard: SequenceShard
-    ) -> tuple[Tensor, Tensor]:
-        """Convolution and scan: y before the gate, and the state that leaves this shard.
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Convolution and scan; calling the result gives y before the gate, and the state that leaves this shard.
 
-        `initial_BCN`: the state before the sequence, where there is one.
+        The state travels in between. `initial_BCN`: the state before the sequence, where there is one.
         """
         starts_BT = shard.start_mask(u_BTC.device)
         u_BTC = short_convolution(
@@ -102,13 +117,22 @@ class Mamba(Mixer):
             document_starts=starts_BT,
         )
         if shard.size == 1:
-            return y_BTC, leaving_BCN
-        transition = PerChannel(A_CN, delta_BTC.sum(dim=1), shard.reset_mask(u_BTC.device))
-        entering_BCN = prefix_state(transition, leaving_BCN, shard)
-        y_BTC = y_BTC + selective_scan_readout(entering_BCN, delta_BTC, A_CN, C_BTN, document_starts=starts_BT)
-        if initial_BCN is not None:
-            leaving_BCN = leaving_BCN + torch.exp(A_CN * delta_BTC.sum(dim=1).unsqueeze(-1)) * entering_BCN
-        return y_BTC, leaving_BCN
+            return lambda: (y_BTC, leaving_BCN)
+        steps_BC = delta_BTC.sum(dim=1)
+        pending = begin_prefix_state(PerChannel(A_CN, steps_BC, shard.reset_mask(u_BTC.device)), leaving_BCN, shard)
+
+        def finish() -> tuple[Tensor, Tensor]:
+            entering_BCN = pending.wait()
+            added_BTC = selective_scan_readout(entering_BCN, delta_BTC, A_CN, C_BTN, document_starts=starts_BT)
+            if initial_BCN is None:
+                return y_BTC + added_BTC, leaving_BCN
+            return y_BTC + added_BTC, leaving_BCN + torch.exp(A_CN * steps_BC.unsqueeze(-1)) * entering_BCN
+
+        return finish
+
+    def output(self, y: Tensor, z: Tensor) -> Tensor:
+        """The gate, and back to the model's width."""
+        return self.out_proj((y * F.silu(z)).to(z.dtype))
 
     def rates(self) -> Tensor:
         """A (C, N), negative, in float32 or better: half types would move the slow decays by percents."""
@@ -139,8 +163,7 @@ class Mamba(Mixer):
         decay_BCN = torch.exp(delta_BC.unsqueeze(-1) * self.rates())
         h_BCN = decay_BCN * state["scan"] + (delta_BC * u_BC).unsqueeze(-1) * B_BN.unsqueeze(1)
         y_BC = (h_BCN * C_BN.unsqueeze(1)).sum(dim=-1) + self.D * u_BC
-        y_BD = self.out_proj((y_BC * F.silu(z_BC)).to(x_BD.dtype))
-        return y_BD, {"conv": window_BWC[:, 1:], "scan": h_BCN}
+        return self.output(y_BC, z_BC), {"conv": window_BWC[:, 1:], "scan": h_BCN}
 
     def flops_per_token(self, context: int) -> float:
         matrices = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)

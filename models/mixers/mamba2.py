@@ -20,9 +20,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels import rms_norm, short_convolution, state_space_dual, state_space_dual_readout
-from ...parallel import PerHead, SequenceShard, begin_prefix_state, halo, prefix_state
+from ...parallel import PerHead, SequenceShard, begin_prefix_state, halo
 from ..parameters import Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, uniform
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
+from .dual import dual_prefill
 from .mamba import log_uniform_step_sizes
 
 
@@ -100,13 +101,8 @@ class Mamba2(Mixer):
         )
         delta_BTH, log_decay_BTH = self.select(delta_BTH)
         fed_BTHP = (x_BTHP * delta_BTH.unsqueeze(-1)).to(x_BTD.dtype)
-        initial_BHPN = state["ssm"] if shard.rank == 0 else None
-        y_BTHP, leaving_BHPN = state_space_dual(fed_BTHP, log_decay_BTH, B_BTGN, C_BTGN, initial_state=initial_BHPN)
-        if shard.size > 1:
-            log_decay_BH = log_decay_BTH.sum(dim=1)
-            entering_BHPN = prefix_state(PerHead(log_decay_BH), leaving_BHPN, shard)
-            y_BTHP = y_BTHP + state_space_dual_readout(entering_BHPN, log_decay_BTH, C_BTGN)
-            leaving_BHPN = leaving_BHPN + torch.exp(log_decay_BH)[..., None, None] * entering_BHPN
+        transition = PerHead(log_decay_BTH.sum(dim=1))
+        y_BTHP, leaving_BHPN = dual_prefill(fed_BTHP, log_decay_BTH, B_BTGN, C_BTGN, state["ssm"], transition, shard)
         y_BTHP = (y_BTHP + self.D.unsqueeze(-1) * x_BTHP).to(x_BTD.dtype)
         conv_BWM = torch.cat([before_BWM, streams_BTM], dim=1)[:, -before_BWM.shape[1] :]
         return self.output(y_BTHP, self.project_gate(x_BTD)), {"conv": conv_BWM, "ssm": leaving_BHPN}

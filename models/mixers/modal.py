@@ -30,10 +30,10 @@ def modal_prefill(
     y_BTD, leaving_BDN = modal_convolution(u_BTD, log_poles_DN, residues_DN, skip=skip_D, initial_state=initial_BDN)
     if shard.size == 1:
         return y_BTD, leaving_BDN
-    entering_BDN = prefix_state(Constant(log_poles_DN), leaving_BDN, shard)
-    length = u_BTD.shape[1]
+    transition, length = Constant(log_poles_DN), u_BTD.shape[1]
+    entering_BDN = prefix_state(transition, leaving_BDN, shard)
     y_BTD = y_BTD + modal_readout(entering_BDN, log_poles_DN, residues_DN, length)
-    return y_BTD, leaving_BDN + torch.exp(log_poles_DN * length) * entering_BDN
+    return y_BTD, leaving_BDN + transition.apply(None, length, entering_BDN)
 
 
 def modal_step(

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ...kernels import rms_norm, rotary, state_space_dual, state_space_dual_readout
 from ...parallel import Constant, SequenceShard, begin_prefix_state
-from ..parameters import Initialiser, Linear
+from ..parameters import Initialiser, Linear, at_least_float32
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
+from .dual import dual_prefill
 
 
 class RetNetOptions(MixerOptions):
@@ -75,6 +76,16 @@ class RetNet(Mixer):
             o_BTHP = o_BTHP + state_space_dual_readout(entering.wait(), decay_BTH, q_BTHK, document_starts=starts_BT)
         return self.output(o_BTHP.to(x_BTD.dtype), g_BTC)
 
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        positions_T = state["position"] + torch.arange(shard.start, shard.stop, device=x_BTD.device)
+        q_BTHK, k_BTHK, v_BTHP = self.project(x_BTD, positions_T)
+        log_gamma_H = self.log_gamma(x_BTD.device)
+        decay_BTH = log_gamma_H.to(torch.promote_types(x_BTD.dtype, torch.float32)).expand(*x_BTD.shape[:2], -1)
+        transition = Constant(log_gamma_H[:, None, None])
+        o_BTHP, state_BHPK = dual_prefill(v_BTHP, decay_BTH, k_BTHK, q_BTHK, state["retention"], transition, shard)
+        y_BTD = self.output(o_BTHP.to(x_BTD.dtype), self.g_proj(x_BTD))
+        return y_BTD, {"position": state["position"] + shard.stop, "retention": state_BHPK}
+
     def project(self, x_BTD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys (B, T, H, K), values (B, T, H, P)."""
         q_BTHK, k_BTHK, v_BTHP = (
@@ -103,7 +114,8 @@ class RetNet(Mixer):
     def output(self, o_BTHP: Tensor, g_BTC: Tensor) -> Tensor:
         """The norm of each head, the gate, and back to the model's width."""
         o_BTC = o_BTHP.flatten(-2)
-        o_BTC = rms_norm(o_BTC, o_BTC.new_ones(o_BTC.shape[-1]), self.options.eps, groups=self.heads)
+        ones_C = at_least_float32(o_BTC.new_ones(o_BTC.shape[-1]))
+        o_BTC = rms_norm(o_BTC, ones_C, self.options.eps, groups=self.heads)
         return self.out_proj(F.silu(g_BTC) * o_BTC)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:

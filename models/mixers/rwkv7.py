@@ -30,7 +30,7 @@ from ...parallel import SequenceShard
 from ..matrix_memory import matrix_memory
 from ..parameters import Initialiser, Linear, ParameterModule, at_least_float32, constant, fan_in_uniform, orthogonal
 from ..token_shift import token_shift
-from .base import LayerPlace, Mixer, MixerOptions, Shared, State, linear_flops
+from .base import LayerPlace, Mixer, MixerOptions, Shared, State, linear_flops, window_before
 
 FAMILY = "rwkv7"
 
@@ -53,8 +53,8 @@ class Thin(ParameterModule):
 
     def __init__(self, width: int, rank: int, bias: Initialiser | None = None) -> None:
         super().__init__()
-        self.down = self.parameter("down", (width, rank), constant(0.0), decay=False)
-        self.up = self.parameter("up", (rank, width), orthogonal(0.1), decay=False)
+        self.down = self.parameter("down", (width, rank), constant(0.0), decay=False, half=True)
+        self.up = self.parameter("up", (rank, width), orthogonal(0.1), decay=False, half=True)
         self.bias = self.parameter("bias", (width,), bias) if bias is not None else None
 
     def forward(self, x_BTD: Tensor, activation: str = "none") -> Tensor:
@@ -91,7 +91,8 @@ class RWKV7(Mixer):
             raise ValueError(f"rwkv7: width {width} is not divisible by head_dim {head_dim}")
         self.head_dim, self.norm_eps = head_dim, 1e-5 * head_dim
         depth = place.index / max(1, place.num_layers - 1)
-        self.mix = self.parameter("mix", (6, width), shift_weights(1 - place.index / place.num_layers), decay=False)
+        mix = shift_weights(1 - place.index / place.num_layers)
+        self.mix = self.parameter("mix", (6, width), mix, decay=False, half=True)
         self.receptance = Linear(width, width, fan_in_uniform(0.5))
         self.key = Linear(width, width, fan_in_uniform(0.05))
         self.value = Linear(width, width, fan_in_uniform(0.5))
@@ -101,9 +102,9 @@ class RWKV7(Mixer):
         self.gate = Thin(width, options.gate_rank or default_rank(5.0, width))
         value_rank = options.value_rank or default_rank(1.7, width)
         self.first_value = None if place.first_of_family else Thin(width, value_rank, ramp(0.73, -0.4))
-        self.k_k = self.parameter("k_k", (width,), ramp(0.71, -0.1))
-        self.k_a = self.parameter("k_a", (width,), constant(1.02))
-        self.r_k = self.parameter("r_k", (width // head_dim, head_dim), constant(-0.04), decay=False)
+        self.k_k = self.parameter("k_k", (width,), ramp(0.71, -0.1), half=True)
+        self.k_a = self.parameter("k_a", (width,), constant(1.02), half=True)
+        self.r_k = self.parameter("r_k", (width // head_dim, head_dim), constant(-0.04), decay=False, half=True)
         self.norm_weight = self.parameter("norm_weight", (width,), constant(1.0))
         self.norm_bias = self.parameter("norm_bias", (width,), constant(0.0))
 
@@ -112,7 +113,19 @@ class RWKV7(Mixer):
 
     def share(self, x_BTD: Tensor, shard: SequenceShard, shared: Shared) -> tuple[Tensor, Shared]:
         parts, added = self.project(x_BTD, token_shift(x_BTD, shard), shared)
-        return self.read_out(matrix_memory(*parts.sequences, shard), parts), added
+        y_BTHN, _ = matrix_memory(*parts.sequences, shard)
+        return self.read_out(y_BTHN, parts), added
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        return self.share_prefill(x_BTD, shard, state, {})[:2]
+
+    def share_prefill(
+        self, x_BTD: Tensor, shard: SequenceShard, state: State, shared: Shared
+    ) -> tuple[Tensor, State, Shared]:
+        before_B1D = window_before(x_BTD, state["shift"].unsqueeze(1), shard)
+        parts, added = self.project(x_BTD, torch.cat([before_B1D, x_BTD[:, :-1]], dim=1), shared)
+        y_BTHN, memory_BHNN = matrix_memory(*parts.sequences, shard, state["memory"])
+        return self.read_out(y_BTHN, parts), {"shift": x_BTD[:, -1], "memory": memory_BHNN}, added
 
     def project(self, x_BTD: Tensor, before_BTD: Tensor, shared: Shared) -> tuple[Projected, Shared]:
         """Everything before the recurrence, given each token and the one before it; and what the layer shares."""
@@ -132,7 +145,7 @@ class RWKV7(Mixer):
 
     def read_out(self, y_BTHN: Tensor, parts: Projected) -> Tensor:
         """out (..., D), given what the memory answered."""
-        y_ND = y_BTHN.reshape(-1, self.norm_weight.shape[0])
+        y_ND = y_BTHN.reshape(-1, self.norm_weight.shape[0]).to(self.norm_weight.dtype)
         normed_ND = F.group_norm(y_ND, y_BTHN.shape[-2], self.norm_weight, self.norm_bias, self.norm_eps)
         bonus_BTHN = (parts.r * parts.k * self.r_k).sum(dim=-1, keepdim=True) * parts.v
         return self.output((normed_ND.view_as(parts.gate) + bonus_BTHN.flatten(-2)) * parts.gate)

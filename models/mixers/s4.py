@@ -99,6 +99,17 @@ class S4(Mixer):
         self.out_proj = Linear(channels, 2 * channels, fan_in_uniform(), bias=True)
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
+        return self.read(x_BTD, shard)[0]
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        y_BTD, leaving_BDN = self.read(x_BTD, shard, torch.view_as_real(state["ssm"]).flatten(2))
+        assert leaving_BDN is not None
+        return y_BTD, {"ssm": as_complex(leaving_BDN.unflatten(2, (self.modes, 2)))}
+
+    def read(
+        self, x_BTD: Tensor, shard: SequenceShard, initial_BDN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Outputs; and, after the state `initial_BDN` before the sequence, the state after this shard's last token."""
         length, starts_BT = x_BTD.shape[1], shard.start_mask(x_BTD.device)
         squares, Bbar_DN, C_DN = self.discrete(length)
         baby = math.ceil(math.log2(length) / 2)
@@ -106,18 +117,25 @@ class S4(Mixer):
         inputs_DNQ = powers(squares, Bbar_DN, Q)
         giants = squares[baby:]
         outputs_DNG = powers([square.mT for square in giants], C_DN, G)
-        pending = None
-        if shard.size > 1:
-            state_BDN = last_state(giants, inputs_DNQ, backwards(x_BTD, starts_BT).to(Bbar_DN.dtype), G)
-            transition = ConstantMatrix(squares[0], shard.reset_mask(x_BTD.device))
-            pending = begin_prefix_state(transition, state_BDN, shard)
+        transition, pending, leaving_BDN = ConstantMatrix(squares[0], shard.reset_mask(x_BTD.device)), None, None
+        first_BDN = initial_BDN if shard.rank == 0 else None
+        if shard.size > 1 or initial_BDN is not None:
+            leaving_BDN = last_state(giants, inputs_DNQ, backwards(x_BTD, starts_BT).to(Bbar_DN.dtype), G)
+            if first_BDN is not None:
+                leaving_BDN = leaving_BDN + transition.apply(None, length, first_BDN)
+            pending = begin_prefix_state(transition, leaving_BDN, shard)
         kernel_DT = torch.einsum("dng,dnq->dgq", outputs_DNG, inputs_DNQ).flatten(1)[:, :length]
         y_BTD = long_convolution(x_BTD, kernel_DT, skip=at_least_float32(self.D), document_starts=starts_BT)
-        if pending is not None:
-            entering_BDNQ = powers(squares, times(squares[0], pending.wait()), Q)
+        if pending is not None and leaving_BDN is not None:
+            entering_BDN = pending.wait()
+            if first_BDN is not None:
+                entering_BDN = entering_BDN + first_BDN
+            elif initial_BDN is not None:
+                leaving_BDN = leaving_BDN + transition.apply(None, length, entering_BDN)
+            entering_BDNQ = powers(squares, times(squares[0], entering_BDN), Q)
             added_BDT = torch.einsum("dng,bdnq->bdgq", outputs_DNG, entering_BDNQ).flatten(2)[..., :length]
             y_BTD = y_BTD + before_documents(added_BDT.transpose(1, 2), starts_BT)
-        return self.output(y_BTD.to(x_BTD.dtype))
+        return self.output(y_BTD.to(x_BTD.dtype)), leaving_BDN
 
     def output(self, y_BTD: Tensor) -> Tensor:
         """Across the channels."""

@@ -26,7 +26,7 @@ from ...parallel import ModalFilter, SequenceShard, convolve
 from ..parameters import Initialiser, Linear, ParameterModule, at_least_float32, fan_in_uniform, normal
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
 from .hippo import legs_modes
-from .modal import as_complex, complex_dtype, modal_flops, modal_step
+from .modal import as_complex, complex_dtype, modal_flops, modal_prefill, modal_step
 
 Discretisation = Literal["zoh", "bilinear"]
 
@@ -119,6 +119,10 @@ class S4D(Mixer):
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
         y_BTD = convolve(x_BTD, ModalFilter(*self.ssm.discrete()), shard, skip=at_least_float32(self.D))
         return self.output(y_BTD.to(x_BTD.dtype))
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        y_BTD, state_BDM = modal_prefill(x_BTD, state["ssm"], *self.ssm.discrete(), at_least_float32(self.D), shard)
+        return self.output(y_BTD.to(x_BTD.dtype)), {"ssm": state_BDM}
 
     def output(self, y_BTD: Tensor) -> Tensor:
         """Across the channels."""

@@ -110,14 +110,8 @@ class HyenaMR(HyenaSE):
 
     def filter(self) -> Tensor:
         taps_DK = super().filter()
-        return taps_DK * self.window().to(taps_DK).repeat_interleave(len(taps_DK) // self.taps.shape[0], dim=0)
-
-    def window(self) -> Tensor:
-        """(F, K), float64: alpha from `slowest` to 100 over the groups."""
-        groups, taps = self.taps.shape
-        alpha_F = torch.logspace(math.log10(self.slowest), 2, groups, device=self.taps.device, dtype=torch.float64)
-        lags_K = torch.linspace(0, 1, taps, device=self.taps.device, dtype=torch.float64)
-        return torch.exp(-alpha_F[:, None] * lags_K)
+        window_FK = decaying_window(self.slowest, *self.taps.shape).to(taps_DK)
+        return taps_DK * window_FK.repeat_interleave(len(taps_DK) // len(window_FK), dim=0)
 
 
 class HyenaLI(GatedConvolution):
@@ -151,6 +145,12 @@ class HyenaLI(GatedConvolution):
 
     def convolution_flops(self) -> float:
         return modal_flops(*self.log_rates.shape, is_complex=False)
+
+
+def decaying_window(slowest: float, groups: int, taps: int) -> Tensor:
+    """(F, K), float64: exp(-alpha k / (K - 1)) at lag k, alpha from `slowest` to 100 over the groups."""
+    alpha_F = torch.logspace(math.log10(slowest), 2, groups, dtype=torch.float64)
+    return torch.exp(-alpha_F[:, None] * torch.linspace(0, 1, taps, dtype=torch.float64))
 
 
 def slow_rates(shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -79,6 +79,9 @@ def calls(dtype: torch.dtype) -> list[Callable[[], Any]]:
     def modal(*kind: torch.dtype) -> Any:
         return modal_convolution(x(1, length, 64), x(64, 16, of=kind[0]), x(64, 16, of=kind[0]))
 
+    def modal_read(kind: torch.dtype) -> Any:
+        return kernels.modal_readout(x(1, 64, 16, of=kind), x(64, 16, of=kind), x(64, 16, of=kind), length)
+
     def dual(states: int) -> Any:
         tensors = x(1, length, 8, 64), x(1, length, 8), x(1, length, 1, states), x(1, length, 1, states)
         return state_space_dual(*tensors, document_starts=starts)
@@ -93,6 +96,20 @@ def calls(dtype: torch.dtype) -> list[Callable[[], Any]]:
             x(1, length, 128), x(128, 4), x(128), activation="silu", document_starts=starts
         ),
         lambda: kernels.short_convolution(x(1, length, 128), x(128, 7), x(128)),
+        lambda: kernels.short_convolution(x(1, length, 128), x(128, 24), document_starts=starts),
+        lambda: kernels.short_convolution(x(1, length, 128), x(128, 128)),
+        lambda: kernels.gated_linear_attention(*(x(1, length, 2, 64) for _ in range(4)), document_starts=starts),
+        lambda: kernels.selective_scan_readout(
+            x(1, 64, 16, of=single), x(1, length, 64), x(64, 16, of=single), x(1, length, 16), document_starts=starts
+        ),
+        lambda: kernels.state_space_dual_readout(
+            x(1, 8, 64, 128, of=single), x(1, length, 8), x(1, length, 2, 128), document_starts=starts
+        ),
+        lambda: kernels.gated_linear_attention_readout(
+            x(1, 2, 64, 64, of=single), x(1, length, 2, 64), x(1, length, 2, 64)
+        ),
+        lambda: modal_read(single),
+        lambda: modal_read(torch.complex64),
         lambda: kernels.rms_norm(x(10, 4096), x(4096), gate=x(10, 4096), groups=8),
         lambda: kernels.rms_norm(x(10, 4096), x(4096)),
         lambda: kernels.rotary(x(1, 16, 4, 128), torch.arange(16)),

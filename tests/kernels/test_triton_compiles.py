@@ -12,7 +12,9 @@ from .native import needs_triton
 KERNELS = """
 summary_kernel pass_kernel scan_kernel backward_kernel states_kernel output_kernel gradient_kernel walk_kernel
 mode_gradient_kernel convolve_kernel norm_kernel norm_gradient_kernel rotate_kernel swiglu_kernel
-swiglu_gradient_kernel wkv4_kernel wkv4_gradient_kernel wkv7_kernel wkv7_gradient_kernel
+swiglu_gradient_kernel wkv4_kernel wkv4_gradient_kernel wkv7_kernel wkv7_gradient_kernel band_kernel band_taps_kernel
+gated_states_kernel gated_output_kernel gated_gradient_kernel readout_kernel readout_gradient_kernel
+scan_readout_kernel scan_readout_gradient_kernel modal_readout_kernel modal_moments_kernel
 """
 
 

@@ -76,7 +76,8 @@ MODEL_CASES: dict[str, dict[str, Any]] = {
         **EXPERTS,
     },
     "every part": {
-        "layers": "[mamba, hyena(max_length=64)+moe, attention(heads=4, kv_heads=2, head_dim=4), mamba(state=3)+moe]",
+        "layers": "[mamba, hyena(max_length=64)+moe, attention(heads=4, kv_heads=2, head_dim=4), "
+        "mamba(state=3)+moe(balance=bias, shared=1)]",
         "feed_forward": "mlp",
         **EXPERTS,
     },

@@ -26,27 +26,32 @@ def slow_mixture(layer: MixtureOfExperts, x_ND: Tensor) -> Tensor:
     rows = []
     for x_D in x_ND:
         probability_E = torch.softmax(layer.router.weight @ x_D, dim=0)
-        chosen = probability_E.argsort(descending=True)[: layer.options.top_k]
+        score_E = probability_E if layer.selection_bias is None else probability_E + layer.selection_bias
+        chosen = score_E.argsort(descending=True)[: layer.options.top_k]
         weight = probability_E[chosen] / (probability_E[chosen].sum() if layer.options.renormalise else 1)
         y_D = torch.zeros_like(x_D)
         for w, e in zip(weight, chosen, strict=True):
             gate_F, up_F = (x_D @ layer.experts.gate_up[e]).chunk(2)
             y_D = y_D + w * ((F.silu(gate_F) * up_F) @ layer.experts.down[e])
+        if layer.shared is not None:
+            gate_F, up_F = (layer.shared.up_proj.weight @ x_D).chunk(2)
+            y_D = y_D + layer.shared.down_proj.weight @ (F.silu(gate_F) * up_F)
         rows.append(y_D)
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("shared", [0, 1, 2])
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("top_k", [1, 2, 5])
-def test_outputs_and_gradients_equal_a_loop_over_tokens(renormalise: bool, top_k: int) -> None:
-    layer = make_experts(renormalise=renormalise, top_k=top_k, balance_loss=0, z_loss=0)
+def test_outputs_and_gradients_equal_a_loop_over_tokens(renormalise: bool, top_k: int, shared: int) -> None:
+    layer = make_experts(renormalise=renormalise, top_k=top_k, shared=shared, balance="none", z_loss=0)
     x_BTD = numbers("x", 2, 9, WIDTH).requires_grad_()
     ours_BTD, loss = layer(x_BTD, SequenceShard.whole(9))
     assert loss is None
     slow_BTD = slow_mixture(layer, x_BTD.flatten(0, 1)).view_as(x_BTD)
     assert difference(ours_BTD, slow_BTD) < 1e-12
     # a single renormalised weight is 1 whatever the router says: its gradient vanishes
-    inputs = [x_BTD, layer.experts.gate_up, layer.experts.down, layer.router.weight]
+    inputs = [x_BTD, *layer.parameters()]
     weight = numbers("w", 2, 9, WIDTH)
     ours, slow = (torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True) for y in (ours_BTD, slow_BTD))
     for a, b in zip(ours, slow, strict=True):
@@ -99,3 +104,5 @@ def test_operations_count_the_active_experts() -> None:
     )
     per_expert = sum(p[0].numel() for p in one.expert_modules()[0].parameters())
     assert two.flops_per_token(8) - one.flops_per_token(8) == 2 * per_expert
+    shared = build_model({**one.config.model_dump(), "moe": {"experts": 8, "top_k": 1, "shared": 2}})
+    assert shared.flops_per_token(8) - one.flops_per_token(8) == 2 * 2 * per_expert

@@ -75,6 +75,19 @@ def test_state_bytes_are_those_of_the_state(name: str, dtype: torch.dtype) -> No
 
 
 @every_mixer
+def test_only_attention_and_implicit_filters_remember_every_token(name: str) -> None:
+    """The bytes that are told for long texts, and those that are held (both lengths are whole chunks of FLASH)."""
+    mixer, kind = make_mixer(name), make_model(MIXER_CASES[name]).config.plan[0].mixer
+    assert (mixer.state_bytes(2304 << 9) > mixer.state_bytes(2304)) == (kind in {"attention", "gau", "hyena"})
+    state, held = mixer.init_state(1, torch.device("cpu"), torch.float64), []
+    with torch.no_grad():
+        for token in range(40):
+            _, state = mixer.step(numbers(f"x{token}", 1, WIDTH), state)
+            held.append(sum(tensor.nbytes for tensor in state.values()))
+    assert (held[35] > held[17]) == (kind in {"attention", "gau", "hyena"})
+
+
+@every_mixer
 def test_every_parameter_has_a_gradient(name: str) -> None:
     mixer = make_mixer(name)
     x_BTD = numbers("x", 2, LENGTH, WIDTH)

@@ -16,8 +16,6 @@ from tests.distributed import run_ranks
 from .cases import MIXER_CASES, MODEL_CASES, difference, make_model
 
 PROMPT, TOTAL = 13, 19
-# families whose prefill is the parallel form and not a walk through the steps
-QUICK = ["attention", "conba", "hyena", "hyena_li", "hyena_mr", "hyena_se", "mamba", "mamba2", "modal_hyena", "rwkv4"]
 # every mixer twice, so that what layers share is met; channel mix keeps a state of its own
 CASES: dict[str, dict[str, Any]] = {
     **{
@@ -73,7 +71,7 @@ def test_split_prefill(case: str) -> None:
     assert difference(outputs, expected(make_model(CASES[case]))) < 1e-9
 
 
-@pytest.mark.parametrize("case", [*QUICK, "every part"])
+@pytest.mark.parametrize("case", [*MIXER_CASES, "every part"])
 @pytest.mark.parametrize("first", [0, 3])
 def test_split_prefill_of_short_and_uneven_shards(case: str, first: int) -> None:
     """Shards shorter than the short convolutions, with and without something before the prompt."""
@@ -82,12 +80,13 @@ def test_split_prefill_of_short_and_uneven_shards(case: str, first: int) -> None
     assert difference(outputs, expected(make_model(CASES[case]))) < 1e-9
 
 
-@pytest.mark.parametrize("case", QUICK)
-def test_quick_ways_take_no_steps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", MIXER_CASES)
+def test_a_prompt_is_not_read_by_steps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(CASES[case])
     for block in model.blocks:
         assert isinstance(block.mixer, Mixer)
-        monkeypatch.setattr(block.mixer, "step", None)
+        for step in ("step", "share_step"):
+            monkeypatch.setattr(block.mixer, step, None)
     with torch.no_grad():
         logits_BV, _ = model.prefill(tokens()[:, :PROMPT])
         assert difference(logits_BV, expected(model)[:, 0]) < 1e-12

@@ -14,7 +14,7 @@ from longstride.models import build_model
 from longstride.models.channel_mix import ChannelMix
 from longstride.models.mixers.rwkv4 import RWKV4
 from longstride.models.mixers.rwkv7 import RWKV7
-from longstride.models.parameters import orthogonal
+from longstride.models.parameters import learning_rates, orthogonal
 from longstride.models.token_shift import token_shift
 from longstride.parallel import LogSpace, SequenceShard
 
@@ -238,3 +238,25 @@ def test_rwkv7_begins_as_its_authors_code_does() -> None:
 def test_rwkv7_refuses_heads_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="width 12 is not divisible by head_dim 64"):
         make_model({"layers": "[rwkv7]"})
+
+
+def test_large_logits_are_pulled_back_as_in_the_authors_code() -> None:
+    """Their L2Wrap leaves the loss alone and adds pull / (B T) times the largest logit to that logit's gradient."""
+    pull, tokens_BT = 0.3, torch.randint(11, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    model, plain = make_model({"layers": "[rwkv4]", "logit_pull": pull}), make_model({"layers": "[rwkv4]"})
+    losses = model(tokens_BT, tokens_BT)
+    losses.total.backward()
+    assert losses.cross_entropy == plain(tokens_BT, tokens_BT).cross_entropy < losses.total
+    logits_BTV = plain.logits(tokens_BT)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten()), logits_BTV)
+    logits_BTV = plain.logits(tokens_BT)
+    largest_BT1, place_BT1 = logits_BTV.detach().max(dim=-1, keepdim=True)
+    logits_BTV.backward(gradient.scatter_add(-1, place_BT1, pull / tokens_BT.numel() * largest_BT1))
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert difference(ours.grad, theirs.grad) < 1e-12, name
+
+
+def test_decays_and_bonuses_learn_faster() -> None:
+    rates = learning_rates(make_model({"layers": "[rwkv4, mamba]"}))
+    assert rates == {"blocks.0.mixer.time_decay": 2.0, "blocks.0.mixer.time_first": 3.0}

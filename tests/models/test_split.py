@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longstride.models.mixers import hyena, mamba
-from longstride.parallel import SequenceShard
+from longstride.parallel import PendingState, SequenceShard
 from tests.distributed import run_ranks
 
 from .cases import MIXER_CASES, MODEL_CASES, SMALL, WIDTH, difference, make_mixer, make_model, numbers
@@ -159,16 +159,19 @@ def forgetful_results(rank: int, world_size: int, fault: str, split: Split) -> d
         for module in (mamba, hyena):
             module.halo = lambda x, width, shard: x.new_zeros(x.shape[0], width, *x.shape[2:])  # type: ignore[assignment]
     elif fault == "prefix_state":
-        mamba.prefix_state = lambda transition, state, shard: torch.zeros_like(state)  # type: ignore[assignment]
+        mamba.begin_prefix_state = lambda transition, state, shard: PendingState(None, torch.zeros_like(state))  # type: ignore[assignment]
     elif fault == "reset":
         kept = mamba.PerChannel
         mamba.PerChannel = lambda rate, steps, reset: kept(rate, steps, None)  # type: ignore[assignment,misc]
+    elif fault == "decay":
+        right = mamba.PerChannel
+        mamba.PerChannel = lambda rate, steps, reset: right(rate, 0 * steps, reset)  # type: ignore[assignment,misc]
     shard = split.shard(dist.group.WORLD)
     names = ["mamba", "hyena"] if fault == "halo" else ["mamba"]
     return {name: mixer_result(name, split, shard) for name in names}
 
 
-@pytest.mark.parametrize("fault", ["halo", "prefix_state", "reset"])
+@pytest.mark.parametrize("fault", ["halo", "prefix_state", "reset", "decay"])
 def test_a_missing_motion_is_noticed(fault: str) -> None:
     # the reset matters where a document begins in the middle of three shards and the state would pass through
     split = Split((0, 8, 16, 24), [12])

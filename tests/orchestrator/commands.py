@@ -26,6 +26,9 @@ sample: {prompt: "def ", tokens: 8}
 tracking: {enabled: false}
 """
 
+# The same number of tokens a step: two sequences of 64, then one of 128.
+GROWING = ("data.batch=1", "data.schedule=64 for 4 steps")
+
 
 def write_config(directory: Path) -> Path:
     """The small config, with runs below `directory`."""

@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from .network import Network
+
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD = "127.0.0.2"
 # A command that runs the rest of its words on one core.
@@ -36,23 +38,26 @@ HURRY = {
 
 
 class Nodes:
-    """A head without places for workers, and nodes that can be added and lost. `home` holds the cluster's token."""
+    """A head without places for workers, and nodes that can be added and lost. `home` holds the cluster's token.
 
-    def __init__(self, home: Path, temporary: str) -> None:
-        self.home, self.temporary = home, temporary
+    With a `network` every node has a namespace of its own.
+    """
+
+    def __init__(self, home: Path, temporary: str, head: str = HEAD, network: Network | None = None) -> None:
+        self.home, self.temporary, self.head, self.network = home, temporary, head, network
         self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._seen: dict[int, psutil.Process] = {}
         (home / ".ray").mkdir(parents=True)
         (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
-        self.port, self.dashboard_port = free_port(HEAD), free_port(HEAD)
+        self.port, self.dashboard_port = free_port(head), free_port(head)
         words = ["--head", f"--port={self.port}", "--num-cpus=0"]
-        words += [f"--dashboard-host={HEAD}", f"--dashboard-port={self.dashboard_port}"]
-        self._start(HEAD, words)
-        wait_until(lambda: answers(HEAD, self.dashboard_port), "the dashboard answers", timeout=120)
+        words += [f"--dashboard-host={head}", f"--dashboard-port={self.dashboard_port}"]
+        self._start(head, words)
+        wait_until(lambda: answers(head, self.dashboard_port), "the dashboard answers", timeout=120)
 
     @property
     def url(self) -> str:
-        return f"http://{HEAD}:{self.dashboard_port}"
+        return f"http://{self.head}:{self.dashboard_port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -61,12 +66,32 @@ class Nodes:
 
     def add(self, address: str, cpus: int = 1) -> None:
         """A node at `address`."""
-        self._start(address, [f"--address={HEAD}:{self.port}", f"--num-cpus={cpus}"])
+        self._start(address, [f"--address={self.head}:{self.port}", f"--num-cpus={cpus}"])
 
     def lose(self, address: str) -> None:
         """The node's raylet is killed; its workers end with it."""
         next(process for process in self.processes(address) if process.name() == "raylet").kill()
         self._started.pop(address).wait(60)
+
+    def forget(self, address: str) -> None:
+        """Ends what is left of a node that the cluster has given up."""
+        left = [psutil.Process(self._started[address].pid), *self.processes(address)]
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self._started.pop(address).wait(60)
+
+    def drain(self, address: str, seconds: int) -> None:
+        """Tells the cluster that the node will be taken away, as a preemption notice does."""
+        code = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR'); "
+        code += "print(*[n['NodeID'] for n in ray.nodes() if n['Alive'] and n['NodeManagerAddress'] == sys.argv[2]])"
+        environment = {**os.environ, **self.environment}
+        where = f"{self.head}:{self.port}"
+        asked = [sys.executable, "-c", code, where, address]
+        found = subprocess.run(asked, env=environment, check=True, capture_output=True, text=True).stdout.split()
+        words = ["--address", where, "--node-id", found[-1], "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        words += ["--reason-message", "test", "--deadline-remaining-seconds", str(seconds)]
+        subprocess.run([RAY, "drain-node", *words], env=environment, check=True, capture_output=True)
 
     def processes(self, address: str) -> list[psutil.Process]:
         """The node's processes, its workers included."""
@@ -102,16 +127,21 @@ class Nodes:
         # A core of its own, as on a machine of its own: how many threads there are shows in the last bit.
         cores = sorted(os.sched_getaffinity(0))
         core = cores[int(address.rpartition(".")[2]) % len(cores)]
-        own = [RAY, "start", *words, *common] if address == HEAD else [*PIN, str(core), RAY, "start", *words, *common]
+        own = (
+            [RAY, "start", *words, *common]
+            if address == self.head
+            else [*PIN, str(core), RAY, "start", *words, *common]
+        )
+        own = [*(self.network.enter(address) if self.network else []), *own]
         with Path(self.temporary, f"{address}.log").open("wb") as log:
             self._started[address] = subprocess.Popen(own, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 @contextlib.contextmanager
-def cluster(*addresses: str) -> Iterator[Nodes]:
+def cluster(*addresses: str, head: str = HEAD, network: Network | None = None) -> Iterator[Nodes]:
     """A cluster with nodes of one place each at `addresses`."""
     temporary = tempfile.mkdtemp(prefix="ls", dir="/tmp")  # short: Ray's sockets lie below it
-    nodes = Nodes(Path(temporary, "home"), temporary)
+    nodes = Nodes(Path(temporary, "home"), temporary, head, network)
     try:
         for address in addresses:
             nodes.add(address)

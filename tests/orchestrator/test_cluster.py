@@ -47,10 +47,10 @@ def submit(nodes: Nodes, *settings: str, directory: Path) -> str:
 
 
 @contextlib.contextmanager
-def undisturbed(directory: Path) -> Iterator[Path]:
+def undisturbed(directory: Path, *settings: str) -> Iterator[Path]:
     """The same run on the same mesh, without Ray and left in peace; its directory."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += ["-m", "longstride.orchestrator", "train", "small.yaml", *SETTINGS, "run.name=peace"]
+    words += ["-m", "longstride.orchestrator", "train", "small.yaml", *SETTINGS, *settings, "run.name=peace"]
     process = subprocess.Popen(words, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield directory / "runs" / "peace"

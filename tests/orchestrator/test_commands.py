@@ -14,7 +14,7 @@ from longstride.orchestrator.cli import main
 from longstride.orchestrator.generation import _pieces
 from longstride.workers import find_run
 
-from .commands import losses
+from .commands import GROWING, losses
 
 
 @pytest.fixture
@@ -111,17 +111,22 @@ def test_a_bug_is_one_line_and_a_file(
     assert "from step 2" in advice
 
 
-def test_under_torchrun(run: Path, place: Path) -> None:
-    """Two processes that torchrun started agree with one, and neither asks for Ray."""
+def test_under_torchrun(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two processes that torchrun started agree with one, over a change of the context, and neither asks for Ray."""
+    assert main(["train", "small.yaml", *GROWING]) == 0
+    capsys.readouterr()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = ["-m", "longstride.orchestrator", "train", "small.yaml", "run.name=launched"]
+    words = ["-m", "longstride.orchestrator", "train", "small.yaml", *GROWING, "run.name=launched"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*command, *words], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished at step 6/6") == 1
-    assert losses(place / "runs" / "launched") == pytest.approx(losses(run), rel=1e-5)
+    assert "data 2 x expert 2; python-source, 2 x 64 tokens a step" in result.stdout
+    assert "sequence 2 x expert 2; python-source, 1 x 128 tokens a step" in result.stdout
+    launched, alone = (losses(place / "runs" / name) for name in ("launched", "small"))
+    assert launched == pytest.approx(alone, rel=1e-5)
 
 
 def test_characters_are_not_cut() -> None:

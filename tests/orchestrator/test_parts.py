@@ -88,6 +88,19 @@ def test_the_second_signal_ends_what_the_first_only_asked_to(monkeypatch: pytest
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_warning_asks_for_the_end_and_never_makes_it() -> None:
+    """Slurm's SIGUSR1, however often it comes; SIGTERM after it is the second signal."""
+    request = StopRequest()
+    with stoppable(request):
+        signal.raise_signal(signal.SIGUSR1)
+        assert request.event.is_set()
+        assert request.exit_code == 138
+        time.sleep(ECHO_SECONDS + 0.1)
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+
+
 def test_a_signal_waits_for_what_cannot_be_left_half_made() -> None:
     reached = False
     with pytest.raises(Terminated), postponed():

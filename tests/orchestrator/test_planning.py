@@ -80,6 +80,16 @@ def test_every_smaller_mesh_is_valid_and_keeps_the_tokens_of_a_step(
     assert sizes[-1] == wanted.workers
 
 
+def test_a_schedule_is_planned_anew_for_fewer_devices() -> None:
+    wanted = experiment(1, 1, 8, batch=1)
+    data = wanted.data.model_copy(update={"schedule": "16 for 3 steps"})
+    wanted = Experiment.model_validate(wanted.model_copy(update={"data": data}).model_dump())
+    found = fit(wanted, 7)
+    assert found is not None and found.workers == 4, "neither 7, 6 nor 5 divide the contexts"
+    degrees = [found.at(stage).degrees for stage in found.stages]
+    assert [(each.data, each.sequence) for each in degrees] == [(4, 1), (1, 4)]
+
+
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=6), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4]))
 def test_groups_stay_inside_nodes_where_they_can(slots: list[int], sequence: int, expert: int) -> None:
     nodes = [node(number, count) for number, count in enumerate(slots)]

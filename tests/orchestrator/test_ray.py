@@ -19,7 +19,7 @@ import pytest
 
 from longstride.orchestrator.cli import main
 
-from .commands import finish, losses, run_command, start_command
+from .commands import GROWING, finish, losses, run_command, start_command
 from .nodes import answers, free_port
 
 pytestmark = pytest.mark.ray
@@ -38,12 +38,14 @@ def temporary() -> Iterator[str]:
 
 
 def test_two_workers_agree_with_one(place: Path, temporary: str, capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = run_command(*TWO, directory=place, TMPDIR=temporary)
+    """With a context that grows: every stage has a mesh of its own."""
+    outcome = run_command(*TWO, *GROWING, directory=place, TMPDIR=temporary)
     assert outcome.code == 0, outcome.stderr
     assert outcome.stderr == ""
-    assert "sequence 2 x expert 2" in outcome.stdout
+    assert "data 2 x expert 2; python-source, 2 x 64 tokens a step" in outcome.stdout
+    assert "sequence 2 x expert 2; python-source, 1 x 128 tokens a step" in outcome.stdout
     assert "finished at step 6/6" in outcome.stdout
-    assert main(["train", "small.yaml"]) == 0
+    assert main(["train", "small.yaml", *GROWING]) == 0
     assert losses(place / "runs" / "split") == pytest.approx(losses(place / "runs" / "small"), rel=1e-5)
     assert not list(place.glob(".ray*")), "Ray's token stays out of the user's home"
 
@@ -74,6 +76,8 @@ def test_an_interrupt_writes_a_checkpoint_and_leaves_no_process(place: Path, tem
     _wait_for(lambda: len(losses(place / "runs" / "split")) >= 3, process)
     family = _descendants(process)
     assert len(family) > 3
+    listening = {e.laddr.port for found in family for e in found.net_connections() if e.status == psutil.CONN_LISTEN}
+    assert listening and not listening & {8265, 10001}, "neither a dashboard nor Ray's client listens"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
     outcome = finish(process, timeout=60)
     assert outcome.code == 130, outcome.stderr

@@ -37,6 +37,7 @@ class Script:
         self.attempts = list(attempts)
         self.places = places if isinstance(places, list) else [places]
         self.workers: list[int] = []
+        self.asked: list[int] = []
         self.resumed: list[bool] = []
         self.clock = 0.0
         self.checkpoint = 0
@@ -54,6 +55,9 @@ class Script:
 
     def resources(self) -> Resources:
         return Resources(1, self.places[0], 0)
+
+    def ask_for(self, workers: int, device: str) -> None:
+        self.asked.append(workers)
 
     def sleep(self, seconds: float) -> None:
         self.clock += seconds
@@ -116,6 +120,7 @@ def test_it_goes_on_from_what_was_saved(place: Path, monkeypatch: pytest.MonkeyP
     heard = run(script, place)
     assert script.workers == [4, 4, 4]
     assert script.resumed == [False, False, True]
+    assert script.asked == [], "nothing is missing"
     assert any("worker 1 died; going on from the beginning (failure 1 of 3 in a row)" in note for note in heard.notes)
     assert any("going on from step 5 (failure 1 of 3 in a row)" in note for note in heard.notes)
     assert (place / "runs/small/failure.txt").read_text() == "details\n"
@@ -193,6 +198,7 @@ def test_a_cluster_that_is_too_small_or_busy(place: Path, monkeypatch: pytest.Mo
         run(script, place, "run.name=busy")
     script = Script(monkeypatch, "finished", places=[3] * 20 + [4])
     heard = run(script, place, "run.name=late")
+    assert script.asked == [4, 0], "an autoscaler is told what is missing, and when it no longer is"
     assert heard.notes[0].startswith(
         "workers=4 want a CPU each, and Ray has 3 CPUs and 0 GPUs on 1 node: waiting up to"
     )

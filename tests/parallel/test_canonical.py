@@ -72,6 +72,41 @@ def test_bitwise_for_every_sequence_degree(world: int) -> None:
             assert all(torch.equal(a, b) for a, b in zip(grads, true_grads, strict=True)), name
 
 
+ADAPTING: dict[str, Any] = {
+    **HYBRID,
+    "layers": "[conba(state=4, online_rate=0.1)+moe(balance=bias, bias_speed=0.01), mamba+moe(balance=bias)]",
+}
+
+
+def adapt(rank: int, world: int) -> list[Tensor]:
+    """What layers adapt by other means than gradients, after three steps."""
+    group = dist.group.WORLD if world > 1 else None
+    bounds = even_bounds(LENGTH, world)
+    here = slice(bounds[rank], bounds[rank + 1])
+    model = build_model(ADAPTING, seed=1)
+    runner = CanonicalModel(model, TILES, group)
+    for step in range(3):
+        tokens, targets = torch.randint(40, (2, 2, LENGTH), generator=torch.Generator().manual_seed(step))
+        runner.run(backward, tokens[:, here], targets[:, here], LENGTH, [[7, 30], [16]], CommunicationLedger())
+        runner.collect_gradients()
+        runner.end_step()
+    return [buffer.clone() for buffer in model.buffers()]
+
+
+def test_what_layers_adapt_is_bitwise_equal_too() -> None:
+    expected = run_ranks(adapt, 1)[0]
+    assert len(expected) == 3 and all(buffer.abs().max() > 0 for buffer in expected)
+    for buffers in run_ranks(adapt, 2):
+        assert all(torch.equal(a, b) for a, b in zip(buffers, expected, strict=True))
+    model = build_model(ADAPTING, seed=1)
+    for step in range(3):
+        tokens, targets = torch.randint(40, (2, 2, LENGTH), generator=torch.Generator().manual_seed(step))
+        backward(model, tokens, targets, SequenceShard.whole(LENGTH, [[7, 30], [16]]))
+        model.end_step()
+    for ours, ordinary in zip(expected, model.buffers(), strict=True):
+        assert torch.allclose(ours, ordinary, rtol=1e-4, atol=1e-7)
+
+
 def test_negative_control_the_ordinary_mode_rounds_differently() -> None:
     expected = run_ranks(compute, 1, [HYBRID], False)[0]
     results = run_ranks(compute, 2, [HYBRID], False)[0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longstride.kernels.long_convolution.reference import long_convolution_reference
-from longstride.parallel import FiniteFilter, ModalFilter, SequenceShard, convolve
+from longstride.parallel import Filter, FiniteFilter, ModalFilter, SequenceShard, SharedFilter, convolve
 from tests.distributed import run_ranks
 from tests.parallel.oracles import gathered, local, normal, relative_error
 
@@ -26,9 +26,11 @@ class Implicit:
         return torch.exp(-decay.abs() * lags_K / 10) * torch.cos(frequency * lags_K)
 
 
-def make(kind: str, parameters: Tensor) -> Implicit | FiniteFilter | ModalFilter:
+def make(kind: str, parameters: Tensor) -> Filter:
     if kind == "implicit":
         return Implicit(parameters)
+    if kind == "shared":
+        return SharedFilter(Implicit(parameters), shared_flops=1e6)
     if kind == "finite":
         return FiniteFilter(parameters)
     decay, *rest = parameters.unbind(1)
@@ -38,7 +40,13 @@ def make(kind: str, parameters: Tensor) -> Implicit | FiniteFilter | ModalFilter
 
 
 def parameters_of(kind: str) -> Tensor:
-    shape = {"implicit": (D, 2), "finite": (D, 9), "real modes": (D, 2, 3), "complex modes": (D, 4, 3)}[kind]
+    shape = {
+        "implicit": (D, 2),
+        "shared": (D, 2),
+        "finite": (D, 9),
+        "real modes": (D, 2, 3),
+        "complex modes": (D, 4, 3),
+    }[kind]
     return normal(*shape, seed=1).requires_grad_()
 
 
@@ -68,6 +76,7 @@ CASES = [
     ("complex modes", "length"),
     ("implicit", "channels"),
     ("implicit", "length"),
+    ("shared", "channels"),
     ("finite", "halo"),
     ("finite", "length"),
     ("finite", "auto"),
@@ -106,6 +115,8 @@ def test_bytes_of_each_form() -> None:
     one_way = 8 * B * 8 * D * 3 // 4  # T x D x (P - 1) / P numbers
     channels = [int(r[4]) for r in run_ranks(split, 4, 32, "implicit", "channels", None)]
     assert sum(channels) == 4 * 2 * 2 * one_way
+    shared = [int(r[4]) for r in run_ranks(split, 4, 32, "shared", "channels", None)]
+    assert sum(shared) == 4 * 2 * (2 * one_way + one_way // B)
     length = [int(r[4]) for r in run_ranks(split, 4, 32, "implicit", "length", None)]
     assert length == [2 * (6 * one_way + 2 * one_way // B)] * 4
     halo = [int(r[4]) for r in run_ranks(split, 4, 32, "finite", "halo", None)]

@@ -223,7 +223,7 @@ def test_metadata_that_would_run_code_is_refused(run: RunDirectory, capsys: pyte
     directory = newest(run)
     (directory / ".metadata").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(pickle.UnpicklingError, match=r"asks for builtins\.print"):
-        RestrictedReader(str(directory)).read_metadata()
+        RestrictedReader(Storage(str(directory))).read_metadata()
     assert capsys.readouterr().out == ""
 
 

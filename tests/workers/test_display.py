@@ -13,7 +13,7 @@ from longstride.workers.reporting import RunStart, Summary
 from .test_run_directory import record
 
 START = RunStart(
-    "run", "/r/run", 0, 20, 12345, "python-source", 8192, 2, 2, {"data": 1, "sequence": 2}, "float32", "cpu"
+    "run", "/r/run", 0, 20, 20, 12345, "python-source", 8192, 2, 2, {"data": 1, "sequence": 2}, "float32", "cpu"
 )
 SUMMARY = Summary(
     "run", "/r/run", 20, 20, 1280, True, 2.0, 1.5, 61.0, "def ", "f(x):\n    return [x]", "sqlite:////r/m.db"

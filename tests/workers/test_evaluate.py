@@ -16,7 +16,7 @@ from longstride.workers import ConfigError, Experiment
 from longstride.workers.evaluate import evaluate
 from longstride.workers.launch import create_run, train_process
 from longstride.workers.scoring import LengthScore, at_length, score_length, stretch_edges
-from longstride.workers.trainer import make_sharded_model
+from longstride.workers.sharded_model import make_sharded_model
 from tests.distributed import run_ranks
 
 from .tiny import tiny_experiment

@@ -7,8 +7,8 @@ import torch
 
 from longstride.data import Corpus
 from longstride.models import build_model
-from longstride.parallel import SequenceShard
-from longstride.workers import ConfigError
+from longstride.parallel import Mesh, SequenceShard
+from longstride.workers import ConfigError, generate
 from longstride.workers.generate import (
     SampleConfig,
     choose,
@@ -17,6 +17,7 @@ from longstride.workers.generate import (
     prompt_tokens,
     sample_text,
 )
+from tests.distributed import run_ranks
 
 from .tiny import TINY
 
@@ -87,6 +88,14 @@ def test_too_long_a_text_is_one_line() -> None:
         list(continuation(model, [1, 2, 3, 4], SampleConfig(tokens=100)))
 
 
+def test_ids_that_the_tokenizer_lacks_are_never_chosen() -> None:
+    """A model's vocabulary may be padded; here an untrained model has twice as many ids as bytes."""
+    model = build_model({**TINY["model"], "vocab_size": 512})
+    config = SampleConfig(tokens=40, temperature=5, top_p=1)
+    assert max(continuation(model, [65], config)) >= 256
+    assert max(continuation(model, [65], config, vocabulary=256)) < 256
+
+
 def test_several_prompts_are_each_as_if_alone() -> None:
     """Of different lengths, with seeds of their own; the same prompt again says something else."""
     model = build_model(TINY["model"], dtype=torch.float64)
@@ -117,3 +126,31 @@ def test_a_prompt_is_read_at_once_or_in_pieces(monkeypatch: pytest.MonkeyPatch) 
     assert steps == config.tokens - 1  # the last token is not read again
     monkeypatch.setattr("longstride.workers.generate.READ_AT_ONCE", 7)
     assert list(continuation(model, prompt, config)) == at_once
+
+
+EVERY_STATE = {
+    "vocab_size": 256,
+    "width": 16,
+    "layers": "[mamba, hyena(max_length=64), attention(heads=2), s4(state=4), h3(state=4), retnet(heads=2), "
+    "rwkv7(head_dim=8), gau(key_dim=4), flash(key_dim=4, chunk=5), lstm, rwkv4, modal_hyena, conba(variant=linear)]",
+    "feed_forward": "channel_mix",
+    "init_std": 0.3,
+}
+PROMPTS = [list(b"def f(a, b):\n    return a"), list(b"x"), list(b"class A(B): pass")]
+
+
+def split_reading(rank: int, world_size: int, at_once: int) -> list[list[int]]:
+    generate.READ_AT_ONCE = at_once
+    model = build_model(EVERY_STATE, dtype=torch.float64)
+    return continuations(model, PROMPTS, SampleConfig(tokens=6, temperature=1, seed=2), Mesh(sequence=world_size))
+
+
+@pytest.mark.parametrize("at_once", [8192, 5])
+def test_processes_share_the_reading_of_a_prompt(at_once: int) -> None:
+    """At once or in pieces; one prompt has fewer tokens than there are processes. The first process decodes."""
+    alone = continuations(
+        build_model(EVERY_STATE, dtype=torch.float64), PROMPTS, SampleConfig(tokens=6, temperature=1, seed=2)
+    )
+    first, *others = run_ranks(split_reading, 3, at_once)
+    assert first == alone and all(len(tokens) == 6 for tokens in alone)
+    assert others == [[[], [], []]] * 2

@@ -16,18 +16,19 @@ from longstride.data.subwords import train_bpe
 from longstride.models import build_model
 from longstride.models.interchange import load_pretrained, save_pretrained
 from longstride.workers import ConfigError, RunDirectory, reopen_run, train_process
-from longstride.workers.evaluate import load_run
-from longstride.workers.interchange import export_run, import_run, imported_experiment, run_tokenizer
+from longstride.workers.evaluate import evaluate, load_run
+from longstride.workers.interchange import export_run, import_run, imported_experiment
 from longstride.workers.manifest import list_checkpoints
+from longstride.workers.run_tokenizer import run_tokenizer
 
 SMALL = ["data.context=64", "data.batch=2", "data.validation_sequences=2", "tracking.enabled=false", "train.steps=3"]
-MAMBA = {"vocab_size": 256, "width": 16, "layers": "[mamba] x 2", "feed_forward": "none", "mamba": {"state": 4}}
+MAMBA = {"vocab_size": 257, "width": 16, "layers": "[mamba] x 2", "feed_forward": "none", "mamba": {"state": 4}}
 
 
 @pytest.fixture
 def mamba(tmp_path: Path) -> Path:
     """A small Mamba as transformers writes it."""
-    config = transformers.MambaConfig(vocab_size=256, hidden_size=16, state_size=4, num_hidden_layers=2)
+    config = transformers.MambaConfig(vocab_size=257, hidden_size=16, state_size=4, num_hidden_layers=2)
     torch.manual_seed(0)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "there")
     return tmp_path / "there"
@@ -73,6 +74,13 @@ def test_a_tokenizer_travels_with_its_model(mamba: Path, tmp_path: Path) -> None
     assert run_tokenizer(run, corpus).name == tokenizer.name != corpus.tokenizer.name
     export_run(run, imported_experiment(str(mamba), run.url, SMALL), str(tmp_path / "out"), "mamba")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == tokenizer.content
+    # the corpus of bytes is nothing to this model: one line says so
+    with pytest.raises(ConfigError, match=r"a tokenizer of its own and data\.corpus=python-source is written in bytes"):
+        evaluate(imported_experiment(str(mamba), run.url, SMALL), run, device="cpu")
+    save_pretrained(build_model({**MAMBA, "vocab_size": 256}), tmp_path / "fewer", layout="mamba")
+    (tmp_path / "fewer" / "tokenizer.json").write_text(tokenizer.content)
+    with pytest.raises(ConfigError, match=r"has 257 token ids and the model 256: it is another model's"):
+        imported_experiment(str(tmp_path / "fewer"), str(tmp_path / "other"), SMALL)
     (mamba / "tokenizer.json").unlink()
     assert run_tokenizer(imported(mamba, tmp_path / "bare"), corpus) is corpus.tokenizer
 

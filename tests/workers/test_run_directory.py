@@ -30,7 +30,7 @@ def test_create_find_list(place: str) -> None:
     info = run.read_info()
     assert (info["name"], info["parents"], info["extra"]) == ("first", [], 3)
     assert info["code_version"].startswith("0.")
-    run.record_start(5, 2, {"sequence": 2})
+    run.record_start(step=5, workers=2)
     assert run.read_info()["starts"][0]["step"] == 5
     assert [found.name for found in list_runs(place)] == ["first"]
     assert find_run("first", place).url == find_run(run.url).url == run.url

@@ -153,6 +153,41 @@ def test_the_embedded_store_holds_everything_and_a_resume_continues_it(run: RunD
     assert {item.path for item in client.list_artifacts(known["run_id"])} == {"experiment.yaml", "loss.png"}
 
 
+def test_every_stage_and_further_start_has_a_child_run(run: RunDirectory) -> None:
+    """A context that grows after step 4, and an interruption after which steps 6 and 7 were made again."""
+    from mlflow import MlflowClient
+
+    for step in range(1, 11):
+        run.metrics.append(record(step, loss=3.0 / step))
+    for step, context in ((0, 16), (4, 32), (5, 32)):
+        run.record_start(step=step, context=context, batch=64 // context, workers=2, parallel={"data": 2})
+    settings = {"data": {"schedule": "16 for 4 steps"}}
+    assert send_all(run, TrackingConfig(), settings, "0.1.0") == 10
+    assert send_all(run, TrackingConfig(), settings, "0.1.0") == 0, "and no second set of children"
+
+    known = run.read_info()["mlflow"]
+    client = MlflowClient(tracking_uri=known["uri"])
+    experiment = client.get_run(known["run_id"]).info.experiment_id
+    children = client.search_runs(
+        [experiment], f"tags.`mlflow.parentRunId` = '{known['run_id']}'", order_by=["start_time"]
+    )
+    assert {child.info.status for child in children} == {"FINISHED"}
+    found = {
+        child.info.run_name: (
+            child.data.params["context"],
+            child.data.params["parallel.data"],
+            sorted(item.step for item in client.get_metric_history(child.info.run_id, "loss")),
+        )
+        for child in children
+    }
+    assert found == {
+        "run from step 0": ("16", "2", [1, 2, 3, 4]),
+        "run from step 4": ("32", "2", [5]),
+        "run from step 5": ("32", "2", [6, 7, 8, 9, 10]),
+    }
+    assert len(client.get_metric_history(known["run_id"], "loss")) == 10
+
+
 def test_an_unreachable_server_fails_in_seconds(run: RunDirectory) -> None:
     sink = MlflowSink(run, TrackingConfig(uri="http://127.0.0.1:9"), {}, "0")
     began = time.monotonic()

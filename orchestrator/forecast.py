@@ -1,0 +1,163 @@
+"""What a run will take: memory, arithmetic and messages of one process, for every stage of its context.
+
+Counts are those of the code (see `rehearsal`) and of the parameters' shapes. Not in them: what the allocator and the
+libraries take for themselves, buffers of messages, and on the CPU the interpreter.
+
+Shapes: V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from ..data import Stage
+from ..models import LanguageModel, build_model, kept_in_float32
+from ..models.block import Block
+from ..parallel import Degrees, Link
+from ..workers import Experiment
+from .rehearsal import PER_STEP, SUMS, Rehearsal
+
+# Of the matrix of logits, `linear_cross_entropy` holds so many rows.
+LOGIT_ROWS = 1024
+# A backward pass takes twice the operations of a forward pass.
+PASSES, PASSES_WITH_RECOMPUTATION = 3, 4
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One stage, one process.
+
+    Attributes:
+        flops: of a step, all processes together.
+        sequences: that a process holds a part of at once.
+        memory: bytes by what they are for; those of the process that holds most.
+        sent: bytes of a step by motion, of the process that sends most.
+    """
+
+    stage: Stage
+    degrees: Degrees
+    flops: float
+    sequences: int
+    memory: dict[str, int]
+    sent: Counter[str]
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, on one process."""
+        return self.stage.context // self.degrees.sequence * self.sequences
+
+
+def forecast(experiment: Experiment, device: str) -> Iterator[Forecast]:
+    """Each stage's, in order. `device`: "cpu" or "cuda", for what cost models assume of the network."""
+    train = experiment.train
+    link = Link.for_backend("nccl" if device == "cuda" else "gloo")
+    rehearsal = Rehearsal(experiment.model, train.parameter_dtype, train.compute_dtype, link)
+    model = build_model(experiment.model, dtype=train.parameter_dtype, device="meta")
+    passes = PASSES_WITH_RECOMPUTATION if experiment.model.recompute else PASSES
+    for stage in experiment.stages:
+        now = experiment.at(stage)
+        degrees = now.degrees
+        cost = rehearsal.cost(stage.context, degrees, now.parallel.strategies)
+        sequences = stage.batch // (degrees.replicate * degrees.data)
+        scaled = {motion: count * (1 if motion in PER_STEP else sequences) for motion, count in cost.sent.items()}
+        sent = Counter(scaled)
+        tokens = stage.context // degrees.sequence * sequences
+        memory, traffic = _parameters(model, now, degrees)
+        sent.update(traffic)
+        if degrees.workers > 1:
+            # the summed loss, and the number of targets
+            sent[SUMS] += max(rehearsal.dtype.itemsize, torch.float32.itemsize) + torch.float64.itemsize
+        width = tokens * experiment.model.width * rehearsal.dtype.itemsize
+        kept = [count * sequences for count in cost.kept.values()]
+        memory["activations"] = width * len(kept) + max(kept) if experiment.model.recompute else sum(kept)
+        memory["loss"] = _loss(model, tokens, rehearsal.dtype)
+        flops = passes * model.flops_per_token(stage.context) * stage.context * stage.batch
+        yield Forecast(stage, degrees, flops, sequences, memory, +sent)
+
+
+def _loss(model: LanguageModel, tokens: int, dtype: torch.dtype) -> int:
+    """Embedded tokens, hidden states and their gradient; the logits of some tokens; the output layer's gradient."""
+    vocabulary, width = model.output_weight.shape
+    wide = max(dtype.itemsize, torch.float32.itemsize)
+    rows = min(LOGIT_ROWS, tokens)
+    return 3 * tokens * width * dtype.itemsize + rows * vocabulary * (wide + dtype.itemsize) + vocabulary * width * wide
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Parameters that are gathered together, in one dtype, for a layer to compute with.
+
+    Attributes:
+        share: processes over which they are sharded, in dimension `dim`; experts are spread over `spread` before.
+        again: they are gathered once more in the backward pass.
+    """
+
+    shapes: list[torch.Size]
+    itemsize: int
+    share: int
+    dim: int = 0
+    spread: int = 1
+    again: bool = True
+
+    @property
+    def local(self) -> int:
+        """Numbers that every process holds; a dimension that does not divide is filled up."""
+        counts = (-(-shape[self.dim] // self.share) * (prod(shape) // shape[self.dim]) for shape in self.shapes)
+        return sum(counts) // self.spread
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of the whole."""
+        return self.local * self.share * self.itemsize
+
+
+def _parameters(model: LanguageModel, experiment: Experiment, degrees: Degrees) -> tuple[dict[str, int], Counter[str]]:
+    """Memory of parameters and what is kept beside them, and FSDP's messages of a step."""
+    stored = experiment.train.parameter_dtype.itemsize
+    if experiment.train.canonical:
+        whole = model.num_parameters() * stored
+        return {"parameters": whole, "gradients": whole, "optimiser": 2 * whole}, Counter()
+    units = [*_units(model, experiment.train.compute_dtype, degrees, stored)]
+    local = sum(unit.local for unit in units) * stored
+    layers = [unit.gathered for unit in units if unit.again]
+    # A layer computes while the next one is gathered, and its gradients are summed in the stored dtype.
+    computing = 3 * max(layers) + sum(unit.gathered for unit in units if not unit.again)
+    sent: Counter[str] = Counter()
+    for unit in units:
+        others = unit.local * (unit.share - 1)
+        sent["fsdp.all_gather"] += others * unit.itemsize * (2 if unit.again else 1)
+        sent["fsdp.reduce_scatter"] += others * stored
+        sent["fsdp.all_reduce"] += unit.local * stored if degrees.replicate > 1 else 0
+    memory = {"parameters": local, "gradients": local, "optimiser": 2 * local}
+    return memory | {"gathered layers": computing if units[0].share > 1 else 0}, sent
+
+
+def _units(model: LanguageModel, compute: torch.dtype | None, degrees: Degrees, stored: int) -> Iterator[_Unit]:
+    """What `shard_model` makes of the model: layers, experts apart where they are spread, then what is left."""
+    everywhere = degrees.data * degrees.sequence
+    wide = kept_in_float32(model) if compute is not None else set[nn.Parameter]()
+    seen = set[nn.Parameter]()
+
+    def units(module: nn.Module, share: int, dim: int = 0, spread: int = 1, again: bool = True) -> Iterator[_Unit]:
+        own = [parameter for parameter in module.parameters() if parameter not in seen]
+        seen.update(own)
+        for kept in (False, True):
+            shapes = [parameter.shape for parameter in own if (parameter in wide) == kept]
+            itemsize = stored if kept or compute is None else compute.itemsize
+            if shapes:
+                yield _Unit(shapes, itemsize, share, dim, spread, again)
+
+    experts = set(model.expert_modules())
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        for module in block.modules() if degrees.expert > 1 else ():
+            if module in experts:
+                yield from units(module, everywhere // degrees.expert, 1, degrees.expert)
+        yield from units(block, everywhere)
+    yield from units(model, everywhere, again=False)

@@ -1,0 +1,84 @@
+"""Every door with inputs that are views of other layouts and with gradients that are one row of memory repeated."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longstride import kernels
+
+from .compare import assert_same, leaf
+from .native import assert_close, needs_triton, triton_chosen
+
+
+def negative(*shape: int, seed: int = 9) -> Tensor:
+    return (-leaf(*shape, seed=seed).detach().abs() - 0.01).requires_grad_()
+
+
+def sequences(count: int, *shape: int) -> list[Tensor]:
+    return [leaf(*shape, seed=seed) for seed in range(count)]
+
+
+COUNTS = torch.tensor([3, 0, 5])
+# operation, inputs
+DOORS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+    "attention": (kernels.attention, sequences(3, 2, 7, 2, 4)),
+    "gated_linear_attention": (
+        kernels.gated_linear_attention,
+        [*sequences(3, 2, 7, 2, 3), negative(2, 7, 2, 3)],
+    ),
+    "grouped_matmul": (lambda x, w: kernels.grouped_matmul(x, w, COUNTS), [leaf(8, 4), leaf(3, 4, 6)]),
+    "long_convolution": (kernels.long_convolution, [leaf(2, 9, 3), leaf(3, 9)]),
+    "modal_convolution": (kernels.modal_convolution, [leaf(2, 9, 3), negative(3, 2), leaf(3, 2)]),
+    "rms_norm": (lambda x, w, g: kernels.rms_norm(x, w, gate=g), [leaf(2, 5, 6), leaf(6), leaf(2, 5, 6, seed=1)]),
+    "rotary": (lambda x: kernels.rotary(x, torch.arange(5)), [leaf(2, 5, 3, 4)]),
+    "selective_scan": (
+        kernels.selective_scan,
+        [leaf(2, 7, 3), (-negative(2, 7, 3).detach()).requires_grad_(), negative(3, 2), *sequences(2, 2, 7, 2)],
+    ),
+    "short_convolution": (kernels.short_convolution, [leaf(2, 9, 3), leaf(3, 4)]),
+    "medium convolution": (kernels.short_convolution, [leaf(2, 9, 3), leaf(3, 18)]),
+    "state_space_dual": (
+        kernels.state_space_dual,
+        [leaf(2, 7, 2, 3), negative(2, 7, 2), *sequences(2, 2, 7, 1, 2)],
+    ),
+    "swiglu": (kernels.swiglu, sequences(2, 2, 5, 6)),
+    "wkv4": (kernels.wkv4, [*sequences(2, 2, 7, 3), negative(3), leaf(3)]),
+    "wkv7": (kernels.wkv7, [leaf(2, 7, 1, 3), negative(2, 7, 1, 3), *sequences(4, 2, 7, 1, 3)]),
+}
+
+
+def call(function: Callable[..., Any], *inputs: Tensor, dense: bool) -> Tensor:
+    """The sum over the first dimension. Not dense: gradients arrive expanded, inputs lie with dimensions swapped."""
+    if not dense:
+        inputs = tuple(x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else x for x in inputs)
+    result = function(*inputs)
+    y = result if isinstance(result, Tensor) else result[0]
+    if dense:
+        y.register_hook(Tensor.contiguous)
+    return y.sum(0, keepdim=True)
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_layouts_do_not_matter(name: str) -> None:
+    function, inputs = DOORS[name]
+    assert_same(partial(call, function, dense=False), partial(call, function, dense=True), inputs)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", sorted(set(DOORS) - {"attention", "grouped_matmul", "long_convolution", "rotary"}))
+def test_layouts_do_not_matter_to_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the portable code in double precision. Rotary positions have a test of their own."""
+    function, inputs = DOORS[name]
+
+    def portable(*x: Tensor) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels.triton_support, "takes", lambda *tensors: False)
+            return call(function, *x, dense=True)
+
+    with triton_chosen(monkeypatch) as launched:
+        assert_close(partial(call, function, dense=False), portable, inputs)
+    assert launched

@@ -1,0 +1,152 @@
+"""The Triton read-outs against their step loops in float64: outputs and every gradient."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longstride.kernels import (
+    gated_linear_attention_readout,
+    modal_readout,
+    selective_scan_readout,
+    state_space_dual_readout,
+)
+from longstride.kernels.gated_linear_attention.reference import gated_linear_attention_readout_reference
+from longstride.kernels.modal_convolution.reference import modal_readout_reference
+from longstride.kernels.selective_scan.reference import selective_scan_readout_reference
+from longstride.kernels.state_space_dual.reference import state_space_dual_readout_reference
+
+from .compare import leaf, relative_error, start_mask
+from .native import DEVICE, FLOAT32_BOUND, NATIVE, assert_close, errors, needs_triton, triton_chosen
+
+pytestmark = needs_triton
+BATCH, LENGTH = 2, 700 if NATIVE else 21
+
+
+def decays(*shape: int, rate: float) -> Tensor:
+    """Negative numbers: logarithms of decays, or rates."""
+    return (-rate * leaf(*shape, seed=2).detach().abs() - 1e-3).requires_grad_()
+
+
+def scan_inputs(length: int, rate: float) -> list[Tensor]:
+    steps = leaf(BATCH, length, 18, seed=3).detach().abs().requires_grad_()
+    return [leaf(BATCH, 18, 3, seed=1), steps, decays(18, 3, rate=rate), leaf(BATCH, length, 3, seed=4)]
+
+
+def dual_inputs(length: int, rate: float) -> list[Tensor]:
+    """Four heads that share two projections."""
+    return [leaf(BATCH, 4, 3, 5, seed=1), decays(BATCH, length, 4, rate=rate), leaf(BATCH, length, 2, 5, seed=4)]
+
+
+def gated_inputs(length: int, rate: float) -> list[Tensor]:
+    return [leaf(BATCH, 2, 3, 5, seed=1), leaf(BATCH, length, 2, 3, seed=4), decays(BATCH, length, 2, 3, rate=rate)]
+
+
+def modal_inputs(length: int, rate: float, *, turning: bool) -> list[Tensor]:
+    real = [leaf(BATCH, 18, 3, seed=1), decays(18, 3, rate=rate), leaf(18, 3, seed=4)]
+    imaginary = [leaf(BATCH, 18, 3, seed=5), leaf(18, 3, seed=6), leaf(18, 3, seed=7)]
+    if not turning:
+        return real
+    pairs = zip(real, imaginary, strict=True)
+    return [torch.complex(x.detach(), y.detach()).requires_grad_() for x, y in pairs]
+
+
+def of_length(function: Callable[..., Tensor], length: int, *inputs: Tensor, **options: Any) -> Tensor:
+    return function(*inputs, length, **options)
+
+
+# door, reference, inputs of a length and a rate of decay, launches
+CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., list[Tensor]], list[str]]] = {
+    "scan": (
+        selective_scan_readout,
+        selective_scan_readout_reference,
+        scan_inputs,
+        ["scan_readout_kernel", "scan_readout_gradient_kernel"],
+    ),
+    "dual": (
+        state_space_dual_readout,
+        state_space_dual_readout_reference,
+        dual_inputs,
+        ["readout_kernel", "readout_gradient_kernel"],
+    ),
+    "gated": (
+        gated_linear_attention_readout,
+        gated_linear_attention_readout_reference,
+        gated_inputs,
+        ["readout_kernel", "readout_gradient_kernel"],
+    ),
+    "modal": (
+        partial(of_length, modal_readout, LENGTH),
+        partial(of_length, modal_readout_reference, LENGTH),
+        partial(modal_inputs, turning=False),
+        ["modal_readout_kernel", "modal_moments_kernel"],
+    ),
+    "turning modal": (
+        partial(of_length, modal_readout, LENGTH),
+        partial(of_length, modal_readout_reference, LENGTH),
+        partial(modal_inputs, turning=True),
+        ["modal_readout_kernel", "modal_moments_kernel"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rate", [0.05, 3.0])
+def test_equals_the_step_loop(case: str, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow decays, and decays that leave nothing long before the end."""
+    fast, slow, inputs, kernels = CASES[case]
+    with triton_chosen(monkeypatch) as launched:
+        assert_close(fast, slow, inputs(LENGTH, rate))
+    assert launched == kernels
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("starts", [((0, 0), (1, 17)), ((0, 8), (1, 9), (1, 20))])
+def test_nothing_is_seen_behind_a_document_start(case: str, starts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow, inputs, _ = CASES[case]
+    mask = start_mask(BATCH, LENGTH, *starts)
+    masked = partial(slow, document_starts=mask)
+    with triton_chosen(monkeypatch):
+        assert_close(partial(fast, document_starts=mask.to(DEVICE)), masked, inputs(LENGTH, 0.05))
+        assert max(errors(fast, masked, inputs(LENGTH, 0.05), torch.float32)) > 1e-3  # negative control
+
+
+@pytest.mark.parametrize("case", ["scan", "dual", "gated"])
+def test_bfloat16_and_shared_sums(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of shared projections by atomic additions."""
+    fast, slow, inputs, _ = CASES[case]
+    with triton_chosen(monkeypatch, deterministic=False):
+        assert_close(fast, slow, inputs(LENGTH, 0.05), torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_strided_and_expanded_gradients(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean over the batch hands every sequence the same row of memory."""
+    fast, slow, inputs, _ = CASES[case]
+
+    def averaged(function: Callable[..., Tensor], *x: Tensor) -> Tensor:
+        return function(*x).mean(0, keepdim=True).transpose(1, 2)
+
+    with triton_chosen(monkeypatch):
+        assert_close(partial(averaged, fast), partial(averaged, slow), inputs(LENGTH, 0.05))
+
+
+def test_tokens_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = 1 << 30
+
+    def distant(x: Tensor) -> Tensor:
+        storage = torch.empty(3 * far + x[0, 0].numel(), device=DEVICE)
+        return storage.as_strided(x[:1].shape, (4 * far, far, *x[0, 0].contiguous().stride(), 1)[: x.dim()]).copy_(
+            x[:1]
+        )
+
+    for case, moved in (("scan", 3), ("dual", 2), ("gated", 1)):
+        fast, slow, inputs, _ = CASES[case]
+        given = [x.detach()[:1] if x.dim() > 2 else x.detach() for x in inputs(4, 0.05)]
+        single = [x.float().to(DEVICE) for x in given]
+        single[moved] = distant(given[moved])
+        with triton_chosen(monkeypatch):
+            assert relative_error(fast(*single).cpu(), slow(*given)) < FLOAT32_BOUND

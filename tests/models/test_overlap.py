@@ -1,0 +1,82 @@
+"""The state's message travels while the layer computes: with a slow link and slow products, nobody waits.
+
+Every prefix message takes DELAY seconds here, and the first matrix product between its sending and its awaiting as
+long. A layer that has a product there waits for nothing, forward and backward; with fast products it waits the delay.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longstride.parallel import SequenceShard, Strategies, collectives
+from tests.distributed import run_ranks
+
+from .cases import WIDTH, make_mixer, numbers
+
+DELAY, LENGTH = 0.2, 32
+OVERLAPPED = ["mamba", "mamba2", "retnet", "h3"]
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+Waits = dict[tuple[str, bool], list[float]]
+
+
+class LateWork:
+    """A message that arrives `DELAY` after it was sent."""
+
+    under_way = 0
+
+    def __init__(self, work: dist.Work) -> None:
+        self.work, self.due = work, time.perf_counter() + DELAY
+        LateWork.under_way += 1
+
+    def wait(self) -> None:
+        LateWork.under_way = 0
+        time.sleep(max(0.0, self.due - time.perf_counter()))
+        self.work.wait()
+
+
+class SlowProducts(TorchDispatchMode):
+    """The first product while a message is under way takes `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PRODUCTS and LateWork.under_way:
+            LateWork.under_way = 0
+            time.sleep(self.seconds)
+        return func(*args, **(kwargs or {}))
+
+
+def waits(rank: int, world: int, names: list[str]) -> Waits:
+    """Seconds waited for states, forward and backward, by mixer and whether products are slow."""
+    gather = dist.all_gather_single
+    collectives.dist.all_gather_single = lambda *args, **kwargs: LateWork(gather(*args, **kwargs))
+    found: Waits = {}
+    for name in names:
+        mixer = make_mixer(name)
+        for slow in (False, True):
+            shard = SequenceShard.split(LENGTH, dist.group.WORLD, strategies=Strategies(prefix="all_gather"))
+            x_BTD = numbers("x", 1, LENGTH, WIDTH)[:, shard.start : shard.stop].clone().requires_grad_()
+            with SlowProducts(DELAY if slow else 0.0):
+                mixer(x_BTD, shard).sum().backward()
+            rows = shard.ledger.by_motion()
+            found[name, slow] = [rows[f"prefix_state.{way}"].seconds_waited for way in ("forward", "backward")]
+    return found
+
+
+def test_nobody_waits_for_a_state_that_travels_meanwhile() -> None:
+    for found in run_ranks(waits, 2, OVERLAPPED):
+        for name in OVERLAPPED:
+            assert min(found[name, False]) > 0.9 * DELAY, name
+            assert max(found[name, True]) < 0.5 * DELAY, name
+
+
+def test_negative_control_linear_attention_has_nothing_else_to_do() -> None:
+    for found in run_ranks(waits, 2, ["linear_attention"]):
+        assert found["linear_attention", True][0] > 0.9 * DELAY

@@ -1,0 +1,70 @@
+"""Child runs in MLflow: one for every start of a run that has several, because it was resumed or its context grows.
+
+The parent has all metrics; a child has those of its steps, and as parameters its context, batch and mesh. What starts
+there were is read from run.json, and which children there are from MLflow, by their tags.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Param, Run
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from .metrics import StepRecord
+from .mlflow_client import flatten, log_records
+from .run_directory import RunDirectory
+
+START_TAG = "longstride.start"
+_KEYS = ("context", "batch", "workers", "parallel")
+
+
+class StageRuns:
+    """The children of `parent`; `scheduled`: the run's context grows, so that its first start is not alone."""
+
+    def __init__(self, client: MlflowClient, run: RunDirectory, parent: Run, *, scheduled: bool) -> None:
+        self._client, self._run, self._parent, self._scheduled = client, run, parent, scheduled
+        query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.info.run_id}'"
+        found = client.search_runs([parent.info.experiment_id], query)
+        self._ids = {int(child.data.tags[START_TAG]): child.info.run_id for child in found}
+        self._open: set[int] = set()
+
+    def send(self, records: list[StepRecord]) -> None:
+        """Give the records to the children whose steps they are; a child begins with its first."""
+        starts = self._run.read_info().get("starts", [])
+        if len(starts) < 2 and not self._scheduled:
+            return
+        parts: dict[int, list[StepRecord]] = {}
+        for record in records:
+            # What a later start has done again is its own: the log was taken back to its first step.
+            begun = [index for index, start in enumerate(starts) if start["step"] < record.step]
+            if begun:
+                parts.setdefault(begun[-1], []).append(record)
+        for index, own in sorted(parts.items()):
+            for earlier in [number for number in self._open if number < index]:
+                self._close(earlier, "FINISHED")
+            log_records(self._client, self._begin(index, starts[index]), own)
+
+    def finish(self, status: str) -> None:
+        """End the children that are open."""
+        for index in list(self._open):
+            self._close(index, status)
+
+    def _begin(self, index: int, start: dict[str, Any]) -> str:
+        """The id of the child of a start, made where there is none."""
+        if index not in self._ids:
+            tags = {MLFLOW_PARENT_RUN_ID: self._parent.info.run_id, START_TAG: str(index)}
+            name = f"{self._run.name} from step {start['step']}"
+            made = self._client.create_run(self._parent.info.experiment_id, tags=tags, run_name=name)
+            settings = flatten({key: start[key] for key in _KEYS if key in start})
+            self._client.log_batch(made.info.run_id, params=[Param(key, str(value)) for key, value in settings.items()])
+            self._ids[index] = made.info.run_id
+        elif index not in self._open:
+            self._client.update_run(self._ids[index], status="RUNNING")
+        self._open.add(index)
+        return self._ids[index]
+
+    def _close(self, index: int, status: str) -> None:
+        self._client.set_terminated(self._ids[index], status)
+        self._open.discard(index)
