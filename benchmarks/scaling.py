@@ -227,16 +227,23 @@ def main() -> None:
         rows = on_processes(strong, 2, names, options.length, options.width, options.repeats)
         found["strong"] = rows
         lines += [STRONG_HEAD, "|---" * 9 + "|", *(strong_line(row) for row in rows), ""]
+        save(options.save, found, lines)
     if "weak" in parts:
         found["weak"] = [row for world in (1, 2, 4, 8) for row in on_processes(weak, world, 4096, options.width, 3)]
         lines += [*weak_table(found["weak"]), ""]
         print("\n".join(weak_table(found["weak"])), flush=True)
+        save(options.save, found, lines)
     if "long" in parts:
         found["long"] = [asdict(row) for row in long_context.measure(options.longest)]
         lines += long_context.table(found["long"])
-    options.save.mkdir(parents=True, exist_ok=True)
-    (options.save / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.save / "scaling.md").write_text("\n".join(lines) + "\n")
+        save(options.save, found, lines)
+
+
+def save(folder: Path, found: dict[str, Any], lines: list[str]) -> None:
+    """After each part: a later one may fail, or be interrupted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "scaling.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

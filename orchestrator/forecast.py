@@ -1,7 +1,7 @@
 """What a run will take: memory, arithmetic and messages of one process, for every stage of its context.
 
 Counts are those of the code (see `rehearsal`) and of the parameters' shapes. Not in them: what the allocator and the
-libraries take for themselves, buffers of messages, and on the CPU the interpreter.
+libraries take for themselves, buffers of messages, the sums of `train.canonical`, and on the CPU the interpreter.
 
 Shapes: V vocabulary, D model width.
 """

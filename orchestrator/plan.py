@@ -18,7 +18,7 @@ from .tables import amount_of_bytes, columns, parse_amount
 def plan(arguments: Namespace) -> int:
     """Exit code 1 when it does not fit: scripts can ask. ValueError of one line for what does not divide."""
     limit = parse_amount(arguments.memory) if arguments.memory else None
-    words = [*arguments.overrides, *([f"workers={arguments.workers}"] if arguments.workers else [])]
+    words = [*arguments.overrides, *([] if arguments.workers is None else [f"workers={arguments.workers}"])]
     experiment = Experiment.load(arguments.config, words)
     check_lengths(experiment)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

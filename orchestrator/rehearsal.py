@@ -132,7 +132,7 @@ class Rehearsal:
         shared: Shared = {}
         for index, block in self._blocks.items():
             x_BTD = torch.randn(1, length, self.config.width, dtype=self.dtype, requires_grad=True)
-            saved = _Kept(block)
+            saved = Kept(block)
             with saved:
                 block.compute(x_BTD, shard, shared)
             kept[index] = saved.total
@@ -178,7 +178,7 @@ class _NoExperts(nn.Module):
         return x_MD
 
 
-class _Kept(torch.autograd.graph.saved_tensors_hooks):
+class Kept(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes that autograd keeps inside, parameters left out and nothing twice."""
 
     def __init__(self, block: nn.Module) -> None:

@@ -64,8 +64,13 @@ def run_experts(
         sorted_MD = arrived_MD.index_select(0, route.by_expert)
         result_MD = expert_fn(sorted_MD, route.local_counts)
         out_MD = _send(result_MD.index_select(0, route.by_source), route.back())
-    unsorted_NJD = out_MD.index_select(0, torch.argsort(order)).view(num_tokens, choices, -1)
+    unsorted_NJD = out_MD.index_select(0, _inverse(order)).view(num_tokens, choices, -1)
     return torch.einsum("njd,nj->nd", unsorted_NJD, weight_NJ.to(unsorted_NJD.dtype))
+
+
+def _inverse(order_M: Tensor) -> Tensor:
+    """The permutation that undoes another; sorting would take many times as long."""
+    return torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
 
 
 @dataclass(frozen=True)
@@ -85,17 +90,16 @@ class _Route:
         here = counts_PE.shape[1]
         arriving = exchange_in(shard.expert_group, list(counts_PE), [(here,)] * size, shard, "experts.counts").wait()
         arriving_PE = torch.stack(arriving)
-        # arrived rows are ordered by (source, expert); a stable sort by expert groups them
-        expert_of_row = (
-            torch.arange(here, device=counts_E.device).repeat(size).repeat_interleave(arriving_PE.reshape(-1))
-        )
-        by_expert = torch.argsort(expert_of_row, stable=True)
+        # arrived rows are blocks ordered by (source, expert): the same blocks by (expert, source), without a sort
+        counts = arriving_PE.flatten().tolist()
+        blocks = torch.arange(sum(counts), device=counts_E.device).split(counts)
+        by_expert = torch.cat([blocks[source * here + expert] for expert in range(here) for source in range(size)])
         return cls(
             shard=shard,
             send_rows=counts_PE.sum(1).tolist(),
-            receive_rows=arriving_PE.sum(1).tolist(),
+            receive_rows=[sum(counts[source * here : (source + 1) * here]) for source in range(size)],
             by_expert=by_expert,
-            by_source=torch.argsort(by_expert),
+            by_source=_inverse(by_expert),
             local_counts=arriving_PE.sum(0),
         )
 

@@ -143,16 +143,13 @@ class _Spectrum:
 
 
 def _across_rows(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The transform over P rows and as many of zeros: two (P, P) matrices, real and imaginary part of frequencies f < P.
+    """The transform over P rows and as many of zeros: two (P, P) matrices, the real and imaginary parts of frequencies.
 
     Frequency 0 is real, and frequency P, real as well, is its imaginary part. Products: a row more or less is nothing
     beside the transform over t, whereas a library's transforms of a few strided numbers take as long as that.
     """
-    f_F1, r_K = (
-        torch.arange(size, dtype=torch.float64, device=like.device)[:, None],
-        torch.arange(size, device=like.device),
-    )
-    angle_FK = f_F1 * r_K * (torch.pi / size)
+    r_K = torch.arange(size, dtype=torch.float64, device=like.device)
+    angle_FK = r_K[:, None] * r_K * (torch.pi / size)
     imaginary_FK = -torch.sin(angle_FK)
     imaginary_FK[0] = 1 - 2 * (r_K % 2)
     return torch.cos(angle_FK).to(like.dtype), imaginary_FK.to(like.dtype)

@@ -71,8 +71,8 @@ def check_lengths(experiment: Experiment) -> int | None:
     for stage in experiment.stages:
         if longest is not None and stage.context > longest:
             raise ConfigError(
-                f"data.context={stage.context} exceeds the {longest} positions of the model; set max_length of its "
-                "mixers at the start of a run"
+                f"data.context={stage.context} exceeds the {longest} positions of the model; begin a run with a longer "
+                "max_length of its mixers (model.hyena.max_length)"
             )
     return longest
 

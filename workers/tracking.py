@@ -8,6 +8,7 @@ go on is read from the tracker itself: the metric `step`, sent with every record
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ QUEUE_LENGTH = 10_000
 BATCH_LENGTH = 100
 SEND_INTERVAL = 2.0
 LONGEST_PAUSE = 60.0
+CLOSING_PAUSE = 1.0
 
 
 class TrackingConfig(Settings):
@@ -74,6 +76,7 @@ class Tracker:
         self._queue: deque[StepRecord] = deque(maxlen=QUEUE_LENGTH)
         self._newest = 0
         self._closing = threading.Event()
+        self._deadline = 0.0  # of trying again, once it is closing
         self._status = "FINISHED"
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -84,8 +87,8 @@ class Tracker:
         self._newest = record.step
 
     def close(self, status: str = "FINISHED", patience: float = 30.0) -> str | None:
-        """Sends the rest for at most `patience` seconds; a line about what could not be sent, None if nothing."""
-        self._status = status
+        """Sends the rest, trying again for `patience` seconds; a line about what could not be sent, None if nothing."""
+        self._status, self._deadline = status, time.monotonic() + patience
         self._closing.set()
         self._thread.join(patience)
         if not self._thread.is_alive() and not self.last_failure:
@@ -106,12 +109,16 @@ class Tracker:
                     self.sink.finish(list(read_records(self.run.storage)), self._status)
                 self.last_failure = ""
                 pause = self.interval
+                if closing:
+                    return
             except Exception as error:
                 self.failures += 1
                 self.last_failure = one_line(error)
                 pause = min(max(1.0, 2 * pause), LONGEST_PAUSE)
-            if closing:
-                return
+                if closing and time.monotonic() + CLOSING_PAUSE > self._deadline:
+                    return
+                if closing:
+                    time.sleep(CLOSING_PAUSE)
 
     def _send(self) -> None:
         for records in _batches(self._pending()):

@@ -35,7 +35,8 @@ from .mamba import Mamba, MambaOptions
 
 class ConbaOptions(MixerOptions):
     """`variant`: see the module. Of Mamba's options `linear` heeds `state`, `expand`, `dt_min`, `dt_max` and `exact`
-    only `state`. `selector`: width of `linear`'s selection, by default width / 4; `gain`: the sign of K's moves."""
+    only `state`. `selector`: width of `linear`'s selection, by default width / 4; `gain`: the sign of K's moves;
+    `solver`: whether `exact`'s processes take turns or solve for all tokens at once."""
 
     variant: Literal["released", "linear", "exact"] = "released"
     state: int = Field(default=16, ge=1)
@@ -47,10 +48,11 @@ class ConbaOptions(MixerOptions):
     selector: int | None = Field(default=None, ge=1)
     online_rate: float = Field(default=1e-5, ge=0)
     gain: Literal["reduce", "released"] = "reduce"
+    solver: Literal["turns", "newton"] = "turns"
 
     def build(self, place: LayerPlace) -> Mixer:
         if self.variant == "exact":
-            return ExactConba(place, state=self.state, online_rate=self.online_rate)
+            return ExactConba(place, state=self.state, online_rate=self.online_rate, solver=self.solver)
         if self.variant == "linear":
             return LinearConba(
                 place, state=self.state, expand=self.expand, selector=self.selector, steps=(self.dt_min, self.dt_max)

@@ -11,8 +11,9 @@ The token enters as what is desired: y_d and u_d are linear in it, and out = W_o
 step back through the linear part. K begins at a parameter, at zero at first, and moves within the sequence.
 
 The state stands inside nonlinear functions, so no short summary of a stretch of tokens exists, and nothing keeps it
-from growing without bound but small weights. Split along the sequence the processes take turns
-(`parallel.sequential_state`); a token at a time, for small studies only.
+from growing without bound but small weights. Split along the sequence the processes take turns, a token at a time
+(`parallel.sequential_state`); or, where the states stay bounded, all tokens are solved for at once (`newton`). For
+small studies only.
 
 Shapes: B batch, T local tokens, D model width, N entries each of x, y and u.
 """
@@ -28,14 +29,15 @@ from torch import Tensor
 from ...parallel import SequenceShard, sequential_state
 from ..parameters import Linear, at_least_float32, constant, fan_in_uniform, normal
 from .base import LayerPlace, Mixer, State, linear_flops
+from .newton import newton_states
 
 
 class ExactConba(Mixer):
-    """`state`: N; `online_rate`: alpha. Matrices are named as in the equations."""
+    """`state`: N; `online_rate`: alpha; `solver`: "turns" or "newton". Matrices are named as in the equations."""
 
-    def __init__(self, place: LayerPlace, *, state: int, online_rate: float) -> None:
+    def __init__(self, place: LayerPlace, *, state: int, online_rate: float, solver: str = "turns") -> None:
         super().__init__()
-        self.state, self.online_rate = state, online_rate
+        self.state, self.online_rate, self.solver = state, online_rate, solver
         self.desired = Linear(place.width, 2 * state, fan_in_uniform())
         self.A, self.B, self.C = (self.parameter(name, (state, state), fan_in_uniform()) for name in "ABC")
         # W1 over W2 and U1 over U2
@@ -47,7 +49,13 @@ class ExactConba(Mixer):
         self.out_proj = Linear(state, place.width, normal(place.init_std / math.sqrt(2 * place.num_layers)))
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
-        return self.read(x_BTD, shard, self.initial(x_BTD.shape[0], at_least_float32(x_BTD)))[0]
+        desired_BTN2 = at_least_float32(self.desired(x_BTD))
+        initial = self.initial(x_BTD.shape[0], desired_BTN2)
+        if self.solver == "turns":
+            return self.read(x_BTD, shard, initial)[0]
+        states = newton_states(lambda desired, state: self.advance(desired, state)[1], desired_BTN2, initial, shard)
+        y_BTN = states[..., : self.state] @ at_least_float32(self.C).t()
+        return self.out_proj(y_BTN.to(x_BTD.dtype))
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         y_BTD, following = self.read(x_BTD, shard, state["loop"])

@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "conba": {"layers": "[conba(state=4, dt_max=1.0)]"},
     "conba, linear": {"layers": "[conba(variant=linear, state=4, dt_max=0.5)]"},
     "conba, exact": {"layers": "[conba(variant=exact, state=6, online_rate=0.1)]"},
+    "conba, exact, by Newton's method": {"layers": "[conba(variant=exact, state=4, online_rate=0.1, solver=newton)]"},
     "flash": {"layers": "[flash(key_dim=6, chunk=4)]"},
     "flash in long chunks": {"layers": "[flash(key_dim=10, chunk=9, expand=1)]"},
     "gau": {"layers": "[gau(key_dim=6)]"},

@@ -45,9 +45,10 @@ def tables(found: dict[str, Any]) -> str:
         single = found["float32"]["ratio"] if table == "mixer" else {}
         titles += ["float32: error over that of one process, P = 4"] if single else []
         lines = [f"| {heading} | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
-        for name in sorted(found[table][columns[0]]):
-            cells = [f"{found[table][column][name]:.1e}" for column in columns]
-            cells += [f"{single[name]:.2f}"] if single else []
+        for name in sorted(set[str]().union(*found[table].values())):
+            # a layer that is younger than a column is missing there
+            cells = [f"{errors[name]:.1e}" if name in (errors := found[table][column]) else "-" for column in columns]
+            cells += [f"{single[name]:.2f}" if name in single else "-"] if single else []
             lines.append(f"| {name} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longstride.models import build_model, load_preset
+from longstride.models.mixers import newton
 from longstride.models.mixers.conba import ReleasedConba
 from longstride.models.mixers.conba_exact import ExactConba
 from longstride.models.mixers.conba_linear import LinearConba
@@ -231,3 +232,33 @@ def test_plans_are_the_published_and_the_released_one(preset: str, attention: se
 def test_options_that_do_not_fit_are_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"24 channels are not divisible by heads of 16; choose conba\.state"):
         make_model({"layers": "[conba(variant=linear)]"})
+
+
+def test_newtons_method_finds_the_same_states_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a few rounds for tens of tokens, with documents; one round alone is not enough."""
+    name, shard = "conba, exact, by Newton's method", SequenceShard.whole(37, [5, 20])
+    together, turns = make_mixer(name), make_mixer(name)
+    assert isinstance(turns, ExactConba)
+    turns.solver = "turns"
+    x_BTD = numbers("x", BATCH, 37, WIDTH).requires_grad_()
+    rounds = 0
+    jacobians = newton.jacobians
+
+    def counted(*arguments: object) -> Tensor:
+        nonlocal rounds
+        rounds += 1
+        return jacobians(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(newton, "jacobians", counted)
+    found, expected = together(x_BTD, shard), turns(x_BTD, shard)
+    assert rounds <= 10
+    assert difference(found, expected) < 1e-12
+    gradients = [
+        torch.autograd.grad((y * numbers("w", *y.shape)).sum(), [x_BTD, *mixer.parameters()])
+        for y, mixer in ((found, together), (expected, turns))
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert difference(ours, theirs) < 1e-11
+    monkeypatch.setattr(newton, "ROUNDS", 1)
+    with pytest.raises(ValueError, match=r"do not settle in Newton's rounds; set conba\.solver=turns"):
+        together(x_BTD, shard)

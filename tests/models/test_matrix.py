@@ -57,7 +57,7 @@ def matrix_results(
 def check(kind: str, world_size: int, drawn: list[Split], strategies: Strategies = Strategies()) -> Errors:  # noqa: B008 - frozen
     """The largest relative error of each case, below the tolerance."""
     names = list(MIXER_CASES if kind == "mixer" else MODEL_CASES)
-    by_rank = run_ranks(matrix_results, world_size, kind, names, drawn, strategies, timeout=280)
+    by_rank = run_ranks(matrix_results, world_size, kind, names, drawn, strategies, timeout=1200)
     cases = [(split, name) for split in drawn for name in names]
     errors: Errors = {}
     for (split, name), parts in zip(cases, zip(*by_rank, strict=True), strict=True):

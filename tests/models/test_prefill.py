@@ -55,29 +55,29 @@ def test_prefill_then_steps(case: str, cut: int | None) -> None:
 
 
 @torch.no_grad()
-def split_prefill(rank: int, world_size: int, case: str, bounds: tuple[int, ...], first: int) -> Tensor | None:
-    model = make_model(CASES[case])
-    state = model.prefill(tokens()[:, :first])[1] if first else None
-    shard = SequenceShard.split(PROMPT - first, bounds=bounds)
-    local_BT = tokens()[:, first + shard.start : first + shard.stop]
-    logits_BV, state = model.prefill(local_BT, shard, state)
-    return continue_from(model, logits_BV, state) if rank == world_size - 1 else None
+def split_prefill(rank: int, world_size: int, bounds: tuple[int, ...], first: int) -> dict[str, Tensor]:
+    """Of every case; only the last process goes on."""
+    outputs = {}
+    for case in CASES:
+        model = make_model(CASES[case])
+        state = model.prefill(tokens()[:, :first])[1] if first else None
+        shard = SequenceShard.split(PROMPT - first, bounds=bounds)
+        local_BT = tokens()[:, first + shard.start : first + shard.stop]
+        logits_BV, state = model.prefill(local_BT, shard, state)
+        if rank == world_size - 1:
+            outputs[case] = continue_from(model, logits_BV, state)
+    return outputs
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_split_prefill(case: str) -> None:
-    """Two processes; the last goes on by itself."""
-    (_, outputs) = run_ranks(split_prefill, 2, case, (0, 7, PROMPT), 0)
-    assert difference(outputs, expected(make_model(CASES[case]))) < 1e-9
-
-
-@pytest.mark.parametrize("case", [*MIXER_CASES, "every part"])
-@pytest.mark.parametrize("first", [0, 3])
-def test_split_prefill_of_short_and_uneven_shards(case: str, first: int) -> None:
-    """Shards shorter than the short convolutions, with and without something before the prompt."""
-    length = PROMPT - first
-    outputs = run_ranks(split_prefill, 3, case, (0, 1, 2, length), first)[-1]
-    assert difference(outputs, expected(make_model(CASES[case]))) < 1e-9
+@pytest.mark.parametrize(
+    ("bounds", "first"),
+    [((0, 7, PROMPT), 0), ((0, 1, 2, PROMPT), 0), ((0, 1, 2, PROMPT - 3), 3)],
+    ids=["two", "shards shorter than the short convolutions", "the same, with something before the prompt"],
+)
+def test_split_prefill(bounds: tuple[int, ...], first: int) -> None:
+    outputs = run_ranks(split_prefill, len(bounds) - 1, bounds, first)[-1]
+    for case in CASES:
+        assert difference(outputs[case], expected(make_model(CASES[case]))) < 1e-9, case
 
 
 @pytest.mark.parametrize("case", MIXER_CASES)

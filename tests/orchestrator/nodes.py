@@ -32,7 +32,7 @@ PIN = (
 HURRY = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "3",
 }
 
@@ -175,7 +175,7 @@ def answers(host: str, port: int) -> bool:
     return False
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120, pause: float = 0.2) -> None:
+def wait_until(condition: Callable[[], Any], what: str, timeout: float = 240, pause: float = 0.2) -> None:
     """Fails when the condition does not come true in time."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -6,7 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
+from longstride.models import build_model
 from longstride.orchestrator import rehearsal
 from longstride.orchestrator.cli import main
 from longstride.orchestrator.forecast import forecast
@@ -61,6 +63,22 @@ def test_bytes_are_those_of_a_real_step(tmp_path: Path, world_size: int, overrid
     assert dict(found.sent) == most
     assert found.memory["parameters"] == max(parameters for _, parameters, _ in processes)
     assert found.memory["optimiser"] == max(moments for _, _, moments in processes)
+
+
+@pytest.mark.parametrize("layers", ["[mamba, attention+moe, mamba]", "[mamba, hyena+moe, attention, mamba+moe]"])
+def test_activations_are_what_autograd_keeps(tmp_path: Path, layers: str) -> None:
+    """Of the whole model, with experts as its router loads them."""
+    experiment = tiny_experiment(
+        str(tmp_path), f"model.layers={layers}", "model.hyena.max_length=512", "data.context=512"
+    )
+    model = build_model(experiment.model)
+    kept = rehearsal.Kept(model)
+    tokens_BT = torch.randint(256, (experiment.data.batch, 512))
+    with kept:
+        model.loss(tokens_BT, tokens_BT)
+    memory = next(forecast(experiment, "cpu")).memory
+    logits = 1024 * 256 * 8  # hold gradients already, and are gone when autograd keeps
+    assert memory["activations"] + memory["loss"] - logits == pytest.approx(kept.total, rel=0.1)
 
 
 def test_long_sequences_are_in_line_with_short_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,12 +111,25 @@ def test_a_server_that_hangs_delays_nobody(run: RunDirectory) -> None:
     sink.hang.set()
 
 
+def test_a_server_that_comes_back_while_the_run_ends_gets_everything(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "CLOSING_PAUSE", 0.02)
+    sink = FakeSink()
+    sink.down = True
+    tracker = Tracker(run, sink, interval=0.01)
+    feed(run, tracker, range(1, 4))
+    threading.Timer(0.3, lambda: setattr(sink, "down", False)).start()
+    assert tracker.close(patience=20) is None
+    assert (sink.steps, sink.finished) == ([1, 2, 3], "FINISHED")
+
+
 def test_a_server_that_is_down_is_one_line_at_the_end(run: RunDirectory) -> None:
     sink = FakeSink()
     sink.down = True
     tracker = Tracker(run, sink, interval=0.01)
     feed(run, tracker, range(1, 4))
-    note = tracker.close()
+    note = tracker.close(patience=0.5)
     assert note == "tracking: 3 of 3 steps are not in MLflow (connection refused); metrics.jsonl has them all"
 
 
