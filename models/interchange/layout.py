@@ -22,7 +22,7 @@ from .mapping import TensorMap
 TRAINING_ONLY = {
     "mamba": {"dt_min", "dt_max"},
     "mamba2": {"dt_min", "dt_max"},
-    "moe": {"balance_loss", "z_loss"},
+    "moe": {"balance_loss", "z_loss", "bias_speed"},
     "hyena_mr": {"slowest"},
 }
 """Options that change how a model begins, is penalised or keeps its numbers, and not what it computes."""
@@ -33,6 +33,7 @@ NOT_COMPARED = {
     "embedding_std",
     "head_gain",
     "recompute",
+    "logit_pull",
     *MIXERS,
     *FEED_FORWARDS,
 }

@@ -19,7 +19,7 @@ GOOD: dict[str, Any] = {"vocab_size": 256, "width": 16, "layers": "[mamba, atten
         ({"mamab": {}}, "unknown key 'mamab'; did you mean 'mamba'?"),
         ({"mamba": {"stat": 8}}, "unknown key 'mamba.stat'; did you mean 'state'?"),
         ({"moe": {"expert": 8}}, "unknown key 'moe.expert'; did you mean 'experts'?"),
-        ({"moe": {"zzzzzz": 8}}, "unknown key 'moe.zzzzzz'; known here are balance_loss, experts"),
+        ({"moe": {"zzzzzz": 8}}, "unknown key 'moe.zzzzzz'; known here are balance, balance_loss, bias_speed, experts"),
         ({"width": "wide"}, "width: input should be a valid integer, unable to parse string as an integer, not 'wide'"),
         ({"width": 0}, "width: input should be greater than or equal to 1, not 0"),
         ({"mlp": {"kind": "relu"}}, "mlp.kind: input should be 'swiglu', 'geglu', 'bilinear' or 'gelu', not 'relu'"),
