@@ -92,6 +92,7 @@ def _run(
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
+        dist.barrier()  # a rank that fails at once must not leave while others still connect to it
         outcome = (function(rank, world_size, *args), None)
     except BaseException:
         outcome = (None, traceback.format_exc())
