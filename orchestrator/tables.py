@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -16,18 +15,13 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def amount_of_bytes(count: int) -> str:
-    """1536 -> "1.5 KiB"."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+    """10.2 GiB"""
+    return ByteSize(count).human_readable(separator=" ")
 
 
 def parse_amount(text: str) -> int:
-    """ "80GiB", "80G" or 85899345920 -> bytes, in powers of 1024. ValueError: it is none of these."""
-    match = _AMOUNT.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"{text!r} is no amount of memory; write it as 80GiB")
-    return int(float(match[1]) * 1024 ** ["", "K", "M", "G", "T"].index(match[2].upper()))
+    """ "80GiB" or 85899345920 -> bytes. ValueError: it is neither."""
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise ValueError(f"{text!r} is no amount of memory; write it as 80GiB") from None

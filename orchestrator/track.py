@@ -6,8 +6,8 @@ from argparse import Namespace
 
 from ..workers import Experiment, find_run
 from ..workers.run_directory import code_version
-from ..workers.tracking import send_all, tracking_uri
-from .failures import RunFailed, one_line
+from ..workers.tracking import one_line, send_all, tracking_uri
+from .failures import RunFailed
 
 
 def track(arguments: Namespace) -> int:
@@ -18,6 +18,6 @@ def track(arguments: Namespace) -> int:
     try:
         sent = send_all(run, experiment.tracking, experiment.model_dump(mode="json"), code_version())
     except Exception as error:  # MLflow, its stores and its transport each have a family of errors
-        raise RunFailed(f"MLflow at {uri} has not taken the records: {one_line(error)[:200]}") from error
+        raise RunFailed(f"MLflow at {uri} has not taken the records: {one_line(error)}") from error
     print(f"{sent} step{'s' if sent != 1 else ''} sent to MLflow at {uri}")
     return 0

@@ -192,13 +192,18 @@ def tracking_uri(config: TrackingConfig, run: RunDirectory) -> str:
 
 
 def send_all(run: RunDirectory, config: TrackingConfig, settings: Mapping[str, Any], version: str) -> int:
-    """Sends every record that MLflow does not have yet; how many. Raises what MLflow raises."""
+    """Sends every record that MLflow does not have yet; how many. A run with steps left counts as stopped.
+
+    Raises what MLflow raises.
+    """
     sink = MlflowSink(run, config, settings, version)
     after = sink.connect()
     missing = list(read_records(run.storage, after))
     for records in _batches(missing):
         sink.send(records)
-    sink.finish(list(read_records(run.storage)), "FINISHED")
+    records = list(read_records(run.storage))
+    complete = bool(records) and records[-1].step >= settings["train"]["steps"]
+    sink.finish(records, "FINISHED" if complete else "KILLED")
     return len(missing)
 
 

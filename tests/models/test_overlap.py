@@ -19,7 +19,7 @@ from tests.distributed import run_ranks
 from .cases import WIDTH, make_mixer, numbers
 
 DELAY, LENGTH = 0.2, 32
-OVERLAPPED = ["mamba", "mamba2", "retnet", "h3"]
+OVERLAPPED = ["mamba", "conba", "mamba2", "retnet", "h3"]
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 Waits = dict[tuple[str, bool], list[float]]
 

@@ -33,6 +33,9 @@ def test_spooled_metrics_are_sent_once(place: Path, capsys: pytest.CaptureFixtur
         history = client.get_metric_history(found.info.run_id, "loss")
         steps[found.data.params["context"] if child else "all"] = sorted(metric.step for metric in history)
     assert steps == {"all": [1, 2, 3, 4, 5, 6], "64": [1, 2, 3, 4], "128": [5, 6]}, "a child for every stage"
+    assert parent.info.status == "FINISHED"
+    assert main([*words, "train.steps=7"]) == 0
+    assert client.get_run(parent.info.run_id).info.status == "KILLED", "as a run that was stopped before its end"
 
 
 def test_a_tracker_that_is_away_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
