@@ -6,7 +6,7 @@ from .collectives import CommunicationError
 from .convolution import Filter, FiniteFilter, ModalFilter, SharedFilter, begin_convolve, convolve
 from .experts import run_experts
 from .fsdp import clip_gradients, local_part, shard_model
-from .halo import halo
+from .halo import halo, projected_halo
 from .ledger import CommunicationLedger, LedgerRow
 from .mesh import Degrees, Mesh, MeshConfig
 from .pair_sum import pair_sum
@@ -49,6 +49,7 @@ __all__ = [
     "local_part",
     "pair_sum",
     "prefix_state",
+    "projected_halo",
     "reshard",
     "run_experts",
     "sequential_state",

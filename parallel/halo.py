@@ -6,6 +6,8 @@ back and are added where the tokens live. B batch, T tokens here, W width, D cha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -32,6 +34,20 @@ def halo(x_BTD: Tensor, width: int, shard: SequenceShard) -> Tensor:
     result = _Halo.apply(x_BTD, width, shard)
     assert isinstance(result, Tensor)
     return result
+
+
+def projected_halo(project: Callable[[Tensor], Tensor], x_BTD: Tensor, width: int, shard: SequenceShard) -> Tensor:
+    """`halo(project(x), width, shard)` for a `project` that treats all tokens alike and widens them, D numbers to M.
+
+    The tokens travel before they are projected and each process projects its neighbours' few once more: D numbers a
+    token on the wire instead of M, and a gradient that is added to T x D numbers instead of T x M.
+    """
+    if shard.size == 1:
+        none_B0M = project(x_BTD[:, :0])
+        return none_B0M.new_zeros(x_BTD.shape[0], width, none_B0M.shape[-1])
+    before_BWM = project(halo(x_BTD, width, shard))
+    # what a projection makes of no token at all, a bias for example, is no token either
+    return before_BWM.masked_fill(_foreign(width, shard, before_BWM), 0)
 
 
 class _Halo(torch.autograd.Function):

@@ -19,7 +19,10 @@ from torch import Tensor
 from ..autograd import first_order
 from ..documents import document_ranges
 
-_BLOCK_ELEMENTS = 1 << 19  # padded signal elements in work at a time
+# Padded signal elements in work at a time; but never fewer rows than these: the FFT library plans every call anew,
+# which costs as much as transforming five rows.
+_BLOCK_ELEMENTS = 1 << 19
+_LEAST_ROWS = 8
 
 
 def fast_length(minimum: int) -> int:
@@ -80,10 +83,10 @@ def _classes(starts_BL: Tensor | None, batch: int, length: int, taps: int) -> li
 def _work(classes: list[_Pieces], channels: int) -> Iterator[tuple[_Pieces, slice]]:
     """Documents and channels in blocks of bounded size."""
     for pieces in classes:
-        rows = max(1, _BLOCK_ELEMENTS // pieces.padded)
+        rows = max(_LEAST_ROWS, _BLOCK_ELEMENTS // pieces.padded)
         for first in range(0, len(pieces.ranges), rows):
             part = _Pieces(pieces.ranges[first : first + rows], pieces.longest, pieces.padded)
-            block = max(1, _BLOCK_ELEMENTS // (pieces.padded * len(part.ranges)))
+            block = max(1, rows // len(part.ranges))
             for channel in range(0, channels, block):
                 yield part, slice(channel, min(channel + block, channels))
 

@@ -54,7 +54,7 @@ def selective_scan(
         document_starts: boolean (B or 1, T); at a True token the state before it is forgotten (the decay is zero).
 
     Computes in float32, or in float64 if any argument is; the final state has that dtype and is differentiable. Memory
-    is that of the arguments and one state per segment of about a hundred tokens: never length x channels x states.
+    is that of the arguments and one state per segment of a few hundred tokens: never length x channels x states.
 
     Raises:
         ValueError: if shapes do not agree.

@@ -1,6 +1,6 @@
 """Selective scan in PyTorch, for the CPU and any other device, with recomputation.
 
-The sequence is walked in segments of about a hundred tokens. The forward keeps one state per segment boundary; the
+The sequence is walked in segments of a few hundred tokens. The forward keeps one state per segment boundary; the
 backward walks the segments from the right, recomputes the states of one of them and carries the adjoint state to the
 next. Nothing of size length x channels x states ever exists, and states come in and go out with gradients.
 
@@ -9,12 +9,12 @@ Adjoint of h_t = a_t h_{t-1} + s_t u_t B_t, y_t = C_t h_t, with a_t = exp(s_t A)
     ds_t = u_t sum_n g_t B_t + sum_n p_t A,   dA = sum_t p_t s_t,   where p_t = g_t a_t h_{t-1}.
 
 Legend: B batch, T tokens, D channels, N states per channel, S tokens of one segment. Inside, channels come last: sums
-over states are then vector additions.
+over states are then vector additions. R: sums into which the gradient of A is divided.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import first_order
-from .recurrence import SegmentPlan, scan_backward, scan_forward
+from .recurrence import Recurrence, SegmentPlan
+
+# The gradient of A is summed over tokens this far apart, and over these sums in the end: a buffer that stays in cache.
+_RATE_SUMS = 32
 
 
 @dataclass
@@ -44,37 +47,56 @@ class _Inputs:
     def __post_init__(self) -> None:
         # exp2 is several times faster than exp in PyTorch's vectorised CPU code.
         self.A_log2_ND = self.A_ND * math.log2(math.e)
-        ranges = self.ranges()
-        self.has_start = [False] * len(ranges)
+        length, segment = self.u_BTD.shape[1], self.plan.segment
+        self.ranges = [(start, min(start + segment, length)) for start in range(0, length, segment)]
+        self.has_start = [False] * len(self.ranges)
         if self.starts_BT is not None:
-            pieces = [self.starts_BT[:, start:stop].any() for start, stop in ranges]
+            pieces = [self.starts_BT[:, start:stop].any() for start, stop in self.ranges]
             self.has_start = torch.stack(pieces).tolist() if pieces else []
 
     @property
     def dtype(self) -> torch.dtype:
         return self.A_ND.dtype
 
-    def ranges(self) -> list[tuple[int, int]]:
-        length, segment = self.u_BTD.shape[1], self.plan.segment
-        return [(start, min(start + segment, length)) for start in range(0, length, segment)]
-
     def cut(self, x_BT: Tensor, start: int, stop: int) -> Tensor:
         return x_BT[:, start:stop].transpose(0, 1).to(self.dtype)
 
-    def buffers(self, count: int) -> Iterator[Tensor]:
-        """`count` buffers for one segment of states and one more row."""
-        rows = self.plan.padded(min(self.plan.segment, self.u_BTD.shape[1])) + 1
-        for _ in range(count):
-            yield self.A_ND.new_empty(rows, self.u_BTD.shape[0], *self.A_ND.shape)
+
+class _Room:
+    """Buffers for one segment at a time, (S + 1, B, N, D) each, and the recurrences over them, made once."""
+
+    def __init__(self, inputs: _Inputs) -> None:
+        self.plan = inputs.plan
+        rows = self.plan.padded(min(self.plan.segment, inputs.u_BTD.shape[1])) + 1
+        self._shape = (rows, inputs.u_BTD.shape[0], *inputs.A_ND.shape)
+        self._empty = inputs.A_ND.new_empty
+        self._recurrences: dict[tuple[int, bool], Recurrence] = {}
+        self.decay, self.states, self.product = (self._empty(self._shape) for _ in range(3))
+
+    @cached_property
+    def adjoint(self) -> Tensor:
+        """The backward's alone."""
+        return self._empty(self._shape)
+
+    def scan(self, padded: int, *, reverse: bool = False) -> None:
+        """States from decays and inputs; reversed, adjoint states."""
+        if (padded, reverse) not in self._recurrences:
+            # The adjoint of token t gets a_{t+1} times that of t+1; the last one gets the incoming gradient as it is.
+            x, decay = (self.adjoint, self.decay[1:]) if reverse else (self.states, self.decay)
+            self._recurrences[padded, reverse] = Recurrence(
+                x[: padded + 1], decay[:padded], self.product, self.plan.levels, reverse=reverse
+            )
+        self._recurrences[padded, reverse].run()
 
 
 @dataclass
 class _Segment:
-    """One segment recomputed: step sizes, inputs, decays a_t (and a one behind the last) and states h_{t-1} ... h_t."""
+    """One segment recomputed: step sizes s_t, inputs s_t u_t, decays a_t (then a one), states from h_{t-1} on."""
 
     step_input_SBD: Tensor
     step_SBD: Tensor
     u_SBD: Tensor
+    entering_SBD: Tensor
     B_SBN: Tensor
     C_SBN: Tensor
     decay: Tensor
@@ -82,8 +104,8 @@ class _Segment:
     padded: int
 
 
-def _run_segment(inputs: _Inputs, index: int, state_BND: Tensor, decay: Tensor, states: Tensor) -> _Segment:
-    start, stop = inputs.ranges()[index]
+def _run_segment(inputs: _Inputs, index: int, state_BND: Tensor, room: _Room) -> _Segment:
+    start, stop = inputs.ranges[index]
     tokens = stop - start
     padded = inputs.plan.padded(tokens)
     step_input_SBD = inputs.cut(inputs.delta_BTD, start, stop)
@@ -92,18 +114,19 @@ def _run_segment(inputs: _Inputs, index: int, state_BND: Tensor, decay: Tensor, 
     step_SBD = F.softplus(step_input_SBD) if inputs.softplus else step_input_SBD
     u_SBD = inputs.cut(inputs.u_BTD, start, stop)
     B_SBN, C_SBN = inputs.cut(inputs.B_BTN, start, stop), inputs.cut(inputs.C_BTN, start, stop)
-    decay, states = decay[: padded + 1], states[: padded + 1]
+    decay, states = room.decay[: padded + 1], room.states[: padded + 1]
     torch.mul(step_SBD.unsqueeze(2), inputs.A_log2_ND, out=decay[:tokens])
     decay[:tokens].exp2_()
     if inputs.has_start[index]:
         assert inputs.starts_BT is not None
         decay[:tokens].masked_fill_(inputs.starts_BT[:, start:stop].transpose(0, 1)[..., None, None], 0.0)
     states[0] = state_BND
-    torch.mul((step_SBD * u_SBD).unsqueeze(2), B_SBN.unsqueeze(3), out=states[1 : tokens + 1])
+    entering_SBD = step_SBD * u_SBD
+    torch.mul(entering_SBD.unsqueeze(2), B_SBN.unsqueeze(3), out=states[1 : tokens + 1])
     decay[tokens:] = 1.0  # padding passes the state on unchanged, forwards and backwards
     states[tokens + 1 :] = 0.0
-    scan_forward(states, decay[:padded], inputs.plan.chunk)
-    return _Segment(step_input_SBD, step_SBD, u_SBD, B_SBN, C_SBN, decay, states, padded)
+    room.scan(padded)
+    return _Segment(step_input_SBD, step_SBD, u_SBD, entering_SBD, B_SBN, C_SBN, decay, states, padded)
 
 
 def _ungated(inputs: _Inputs, segment: _Segment) -> Tensor:
@@ -121,7 +144,7 @@ class _Gradients:
     delta_BTD: Tensor
     B_BTN: Tensor
     C_BTN: Tensor
-    A_ND: Tensor
+    A_RBND: Tensor
     D: Tensor | None
     z_BTD: Tensor | None
     delta_bias: Tensor | None
@@ -133,7 +156,7 @@ class _Gradients:
             torch.empty_like(inputs.delta_BTD),
             torch.empty_like(inputs.B_BTN),
             torch.empty_like(inputs.C_BTN),
-            torch.zeros_like(inputs.A_ND),
+            inputs.A_ND.new_zeros(_RATE_SUMS, inputs.u_BTD.shape[0], *inputs.A_ND.shape),
             None if inputs.D is None else torch.zeros_like(inputs.D),
             None if inputs.z_BTD is None else torch.empty_like(inputs.z_BTD),
             None if inputs.delta_bias is None else torch.zeros_like(inputs.delta_bias),
@@ -153,29 +176,28 @@ def _undo_gate(inputs: _Inputs, segment: _Segment, grad_SBD: Tensor, start: int,
 
 
 def _segment_backward(
-    inputs: _Inputs, segment: _Segment, start: int, grad_SBD: Tensor, adjoint: Tensor, scratch: Tensor, out: _Gradients
+    inputs: _Inputs, segment: _Segment, start: int, grad_SBD: Tensor, leaving_BND: Tensor, room: _Room, out: _Gradients
 ) -> Tensor:
-    """Fill the gradients of one segment. `adjoint`'s last row: that of its last state; returns that of its first."""
+    """Fill the gradients of one segment; the adjoint of the state that enters it from that of the one that leaves."""
     tokens = grad_SBD.shape[0]
     stop = start + tokens
     grad_SBD = _undo_gate(inputs, segment, grad_SBD, start, out)
-    torch.mul(segment.C_SBN.unsqueeze(3), grad_SBD.unsqueeze(2), out=adjoint[:tokens])
-    adjoint[tokens : segment.padded] = 0.0
-    # The adjoint of token t gets a_{t+1} times that of t+1; the last one gets the incoming gradient as it is.
-    scan_backward(adjoint, segment.decay[1 : segment.padded + 1], inputs.plan.chunk)
+    adjoint, product = room.adjoint[:tokens], room.product[:tokens]
+    torch.mul(segment.C_SBN.unsqueeze(3), grad_SBD.unsqueeze(2), out=adjoint)
+    room.adjoint[tokens : segment.padded] = 0.0
+    room.adjoint[segment.padded] = leaving_BND
+    room.scan(segment.padded, reverse=True)
     entering_BND = adjoint[0] * segment.decay[0]
-    adjoint, product = adjoint[:tokens], scratch[:tokens]
-    input_SBD = segment.step_SBD * segment.u_SBD
     torch.mul(segment.states[1 : tokens + 1], grad_SBD.unsqueeze(2), out=product)
     out.C_BTN[:, start:stop] = product.sum(3).transpose(0, 1)
-    torch.mul(adjoint, input_SBD.unsqueeze(2), out=product)
+    torch.mul(adjoint, segment.entering_SBD.unsqueeze(2), out=product)
     out.B_BTN[:, start:stop] = product.sum(3).transpose(0, 1)
     grad_input_SBD = torch.matmul(segment.B_SBN.unsqueeze(2), adjoint).squeeze(2)
     adjoint.mul_(segment.decay[:tokens]).mul_(segment.states[:tokens])
     torch.mul(adjoint, inputs.A_ND, out=product)
     grad_step_SBD = product.sum(2).addcmul_(segment.u_SBD, grad_input_SBD)
-    torch.mul(adjoint, segment.step_SBD.unsqueeze(2), out=product)
-    out.A_ND += product.sum((0, 1))
+    for rows, step in zip(adjoint.split(_RATE_SUMS), segment.step_SBD.split(_RATE_SUMS), strict=True):
+        out.A_RBND[: len(rows)].addcmul_(rows, step.unsqueeze(2))
     grad_u_SBD = grad_input_SBD * segment.step_SBD
     if inputs.D is not None:
         assert out.D is not None
@@ -214,13 +236,13 @@ class SelectiveScan(torch.autograd.Function):
         inputs = _Inputs(
             u_BTD, delta_BTD, A_DN.t().contiguous(), B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT, softplus, plan
         )
-        decay, states = inputs.buffers(2)
+        room = _Room(inputs)
         y_BTD = torch.empty(batch, length, channels, dtype=u_BTD.dtype, device=u_BTD.device)
         state_BND = initial_BDN.transpose(1, 2)
         boundaries = []
-        for index, (start, stop) in enumerate(inputs.ranges()):
+        for index, (start, stop) in enumerate(inputs.ranges):
             boundaries.append(state_BND)
-            segment = _run_segment(inputs, index, state_BND, decay, states)
+            segment = _run_segment(inputs, index, state_BND, room)
             y_SBD = _ungated(inputs, segment)
             if z_BTD is not None:
                 y_SBD = y_SBD * F.silu(inputs.cut(z_BTD, start, stop))
@@ -237,16 +259,14 @@ class SelectiveScan(torch.autograd.Function):
         grad_y_BTD, grad_final_BDN = grads
         u_BTD, delta_BTD, A_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT, boundaries = ctx.saved_tensors
         inputs = _Inputs(u_BTD, delta_BTD, A_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT, ctx.softplus, ctx.plan)
-        decay, states, adjoint, scratch = inputs.buffers(4)
+        room = _Room(inputs)
         out = _Gradients.empty(inputs)
         carried_BND = grad_final_BDN.transpose(1, 2)
-        for index, (start, stop) in reversed(list(enumerate(inputs.ranges()))):
-            segment = _run_segment(inputs, index, boundaries[index], decay, states)
-            rows = adjoint[: segment.padded + 1]
-            rows[-1] = carried_BND
-            grad_SBD = inputs.cut(grad_y_BTD, start, stop)
-            carried_BND = _segment_backward(inputs, segment, start, grad_SBD, rows, scratch, out)
-        grad_A_DN, grad_initial_BDN = out.A_ND.t(), carried_BND.transpose(1, 2)
+        for index, (start, stop) in reversed(list(enumerate(inputs.ranges))):
+            segment = _run_segment(inputs, index, boundaries[index], room)
+            grad_SBD = inputs.cut(grad_y_BTD, start, stop).contiguous()  # that of a plain sum has no memory of its own
+            carried_BND = _segment_backward(inputs, segment, start, grad_SBD, carried_BND, room, out)
+        grad_A_DN, grad_initial_BDN = out.A_RBND.sum((0, 1)).t(), carried_BND.transpose(1, 2)
         return (
             out.u_BTD, out.delta_BTD, grad_A_DN, out.B_BTN, out.C_BTN, out.D, out.z_BTD, out.delta_bias,
             grad_initial_BDN, None, None,

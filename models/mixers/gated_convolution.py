@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels import short_convolution
-from ...parallel import SequenceShard, halo
+from ...parallel import SequenceShard, projected_halo
 from ..parameters import Linear, fan_in_uniform, normal, uniform
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
 
@@ -76,7 +76,7 @@ class GatedConvolution(Mixer):
             streams_BTM,
             self.conv_weight,
             self.conv_bias,
-            halo=halo(streams_BTM, self.conv_weight.shape[1] - 1, shard),
+            halo=projected_halo(self.in_proj, x_BTD, self.conv_weight.shape[1] - 1, shard),
             document_starts=shard.start_mask(x_BTD.device),
         )
         q_BTD, k_BTD, v_BTD = self.split(streams_BTM)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import long_convolution, short_convolution
-from ...parallel import Filter, SequenceShard, SharedFilter, convolve, halo
+from ...parallel import Filter, SequenceShard, SharedFilter, convolve, projected_halo
 from ..parameters import Linear, ParameterModule, at_least_float32, constant, fan_in_uniform, normal, uniform
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, tokens_so_far, window_before
 
@@ -148,7 +148,8 @@ class Hyena(Mixer):
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
         streams_BTM = self.in_proj(x_BTD)
-        return self.mix(streams_BTM, halo(streams_BTM, self.conv_weight.shape[1] - 1, shard), shard)[0]
+        before_BWM = projected_halo(self.in_proj, x_BTD, self.conv_weight.shape[1] - 1, shard)
+        return self.mix(streams_BTM, before_BWM, shard)[0]
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         streams_BTM, past_BSND = self.in_proj(x_BTD), state["history"]

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels import selective_scan, selective_scan_readout, short_convolution
-from ...parallel import PerChannel, SequenceShard, begin_prefix_state, halo
+from ...parallel import PerChannel, SequenceShard, begin_prefix_state, projected_halo
 from ..parameters import Initialiser, Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, uniform
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
 
@@ -67,7 +67,8 @@ class Mamba(Mixer):
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
         u_BTC = self.project_input(x_BTD)
-        finish = self.begin_scan(u_BTC, halo(u_BTC, self.conv_weight.shape[1] - 1, shard), None, shard)
+        before_BWC = projected_halo(self.project_input, x_BTD, self.conv_weight.shape[1] - 1, shard)
+        finish = self.begin_scan(u_BTC, before_BWC, None, shard)
         z_BTC = self.project_gate(x_BTD)
         y_BTC, _ = finish()
         return self.output(y_BTC, z_BTC)

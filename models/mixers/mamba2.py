@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels import rms_norm, short_convolution, state_space_dual, state_space_dual_readout
-from ...parallel import PerHead, SequenceShard, begin_prefix_state, halo
+from ...parallel import PerHead, SequenceShard, begin_prefix_state, projected_halo
 from ..parameters import Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, uniform
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
 from .dual import dual_prefill
@@ -76,7 +76,7 @@ class Mamba2(Mixer):
             streams_BTM,
             self.conv_weight,
             self.conv_bias,
-            halo=halo(streams_BTM, self.conv_weight.shape[1] - 1, shard),
+            halo=projected_halo(lambda x: self.project_streams(x)[0], x_BTD, self.conv_weight.shape[1] - 1, shard),
             activation="silu",
             document_starts=starts_BT,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from longstride.kernels import selective_scan, selective_scan_readout
 from longstride.kernels.selective_scan.portable import SelectiveScan
 from longstride.kernels.selective_scan.readout import living_bands, negligible_exponent
-from longstride.kernels.selective_scan.recurrence import SegmentPlan, scan_backward, scan_forward
+from longstride.kernels.selective_scan.recurrence import Recurrence, SegmentPlan
 from longstride.kernels.selective_scan.reference import selective_scan_readout_reference, selective_scan_reference
 
 from .compare import assert_same, leaf, outputs_and_gradients, relative_error, start_mask, worst_error
@@ -167,23 +167,27 @@ def test_nothing_of_length_times_states_is_kept() -> None:
         selective_scan(*inputs, delta_softplus=True)
     assert saved and max(x.numel() for x in saved) <= length * channels
     plan = SegmentPlan.choose(length, batch * channels * states, torch.device("cpu"))
-    assert plan.segment <= 128
+    assert plan.segment <= 256
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 16])
+@pytest.mark.parametrize("levels", [0, 1, 4])
 @pytest.mark.parametrize("tokens", [16, 48])
-def test_both_recurrences_either_way(chunk: int, tokens: int) -> None:
-    decay = torch.rand(tokens, 5, dtype=torch.float64)
-    x = torch.randn(tokens + 1, 5, dtype=torch.float64)
+def test_both_recurrences_either_way(levels: int, tokens: int) -> None:
+    """Run twice over the same buffers: the views are made once, the numbers change."""
+    decay, x = torch.empty(tokens, 5, dtype=torch.float64), torch.empty(tokens + 1, 5, dtype=torch.float64)
     forward, backward = x.clone(), x.clone()
-    scan_forward(forward, decay, chunk)
-    scan_backward(backward, decay, chunk)
-    state_forward, state_backward = x[0], x[-1]
-    for t in range(tokens):
-        state_forward = x[t + 1] + decay[t] * state_forward
-        state_backward = x[tokens - 1 - t] + decay[tokens - 1 - t] * state_backward
-        torch.testing.assert_close(forward[t + 1], state_forward, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(backward[tokens - 1 - t], state_backward, rtol=1e-12, atol=1e-12)
+    scratch = torch.empty_like(decay)
+    runs = Recurrence(forward, decay, scratch, levels), Recurrence(backward, decay, scratch, levels, reverse=True)
+    for _ in range(2):
+        decay.uniform_(), x.normal_(), forward.copy_(x), backward.copy_(x)
+        for recurrence in runs:
+            recurrence.run()
+        state_forward, state_backward = x[0], x[-1]
+        for t in range(tokens):
+            state_forward = x[t + 1] + decay[t] * state_forward
+            state_backward = x[tokens - 1 - t] + decay[tokens - 1 - t] * state_backward
+            torch.testing.assert_close(forward[t + 1], state_forward, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(backward[tokens - 1 - t], state_backward, rtol=1e-12, atol=1e-12)
 
 
 def readout_arguments(batch: int, length: int, channels: int, states: int, speed: float = 1.0) -> list[Tensor]:

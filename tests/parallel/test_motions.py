@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longstride.parallel import CommunicationLedger, SequenceShard, global_sum, halo, reshard
+from longstride.parallel import CommunicationLedger, SequenceShard, global_sum, halo, projected_halo, reshard
 from longstride.parallel.shard import check_bounds, even_bounds
 from tests.distributed import run_ranks
 from tests.parallel.oracles import gathered, local, normal, relative_error
@@ -63,6 +63,40 @@ def test_halo_bytes_are_width_times_channels() -> None:
     sent = [sent for _, _, sent in run_ranks(split_halo, 3, 30, 4, None)]
     one = 8 * B * 4 * D
     assert sent == [one, 2 * one, one]  # forward to the right neighbour, gradients to the left one
+
+
+def both_orders(rank: int, world: int, length: int) -> list[tuple[list[Tensor], list[Tensor], int]]:
+    """Halo of the projection, and projection of the halo, each with its gradients; bytes of the second."""
+    found = []
+    for width, documents in HALOS:
+        results, ledger = [], CommunicationLedger()
+        shard = SequenceShard.split(length, None, documents, ledger=ledger)
+        for narrow in (False, True):
+            x = local(normal(B, length, D), shard)
+            weight, bias = normal(5, D, seed=7).requires_grad_(), normal(5, seed=8).requires_grad_()
+
+            def project(x: Tensor, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
+                return torch.nn.functional.linear(x, weight, bias)
+
+            ledger.reset()
+            tokens = projected_halo(project, x, width, shard) if narrow else halo(project(x), width, shard)
+            ((tokens * normal(B, width, 5, seed=rank + 1)).sum() + 0 * x.sum()).backward()
+            gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in (x, weight, bias)]
+            results.append([tokens.detach(), *gradients])
+        found.append((results[0], results[1], ledger.totals().bytes_sent))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_halo_may_be_projected_after_the_journey(world: int) -> None:
+    for (width, _), parts in zip(HALOS, zip(*run_ranks(both_orders, world, 17), strict=True), strict=True):
+        for wide, narrow, _ in parts:
+            torch.testing.assert_close(narrow[:2], wide[:2], rtol=1e-12, atol=1e-12)
+        for index in (2, 3):  # a process projects its neighbours' tokens: only the sum over processes is the same
+            sums = [torch.stack([part[order][index] for part in parts]).sum(0) for order in (0, 1)]
+            torch.testing.assert_close(sums[1], sums[0], rtol=1e-12, atol=1e-12)
+        if world == 2 and width:
+            assert [sent for *_, sent in parts] == [8 * B * min(width, 9) * D] * 2
 
 
 def there_and_back(rank: int, world: int, length: int) -> tuple[list[Tensor], Tensor, Tensor, int]:
