@@ -41,6 +41,33 @@ class NothingLeft(torch.autograd.Function):
         return None, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
+class _AddToHeads(torch.autograd.Function):
+    """See `add_to_heads`."""
+
+    @staticmethod
+    def forward(ctx: Any, y_BTHP: Tensor, groups: list[tuple[Tensor, int]], *parts_BRKP: Tensor) -> Tensor:
+        ctx.groups = groups
+        for (heads, tokens), part in zip(groups, parts_BRKP, strict=True):
+            y_BTHP[:, :tokens].index_add_(2, heads, part)
+        ctx.mark_dirty(y_BTHP)
+        return y_BTHP
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = [grads[0][:, :tokens].index_select(2, heads) for heads, tokens in ctx.groups]
+        return grads[0], None, *parts
+
+
+def add_to_heads(y_BTHP: Tensor, groups: list[tuple[Tensor, int]], parts_BRKP: list[Tensor]) -> Tensor:
+    """`y_BTHP`, with a part added to the first R tokens of each group's K heads, in place.
+
+    PyTorch's own in-place writes to a slice copy the whole gradient once for each in the backward; here none is copied.
+    """
+    result = _AddToHeads.apply(y_BTHP, groups, *parts_BRKP)
+    assert isinstance(result, Tensor)
+    return result
+
+
 def reach_of_heads(log_decay_BTH: Tensor, dtype: torch.dtype, starts_BT: Tensor | None) -> Tensor:
     """(H,) int64: tokens after which each head's state is less than epsilon to the power 1.5 of what entered.
 

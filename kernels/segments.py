@@ -108,12 +108,9 @@ class _WalkFunction(torch.autograd.Function):
         for index, (start, stop) in enumerate(plan.ranges):
             boundaries.append(state)
             part, state = plan.run(index, state, plan.cut(index, tensors), starts_BT)
-            if len(plan.ranges) == 1:
-                y_BT = part
-            else:
-                if y_BT is None:
-                    y_BT = part.new_empty(part.shape[0], plan.ranges[-1][1], *part.shape[2:])
-                y_BT[:, start:stop] = part
+            if y_BT is None:  # never `part` itself: a view could not be added to in place
+                y_BT = part.new_empty(part.shape[0], plan.ranges[-1][1], *part.shape[2:])
+            y_BT[:, start:stop] = part
         assert y_BT is not None
         ctx.plan = plan
         ctx.save_for_backward(starts_BT, *boundaries, *tensors)

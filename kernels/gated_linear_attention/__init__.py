@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import triton_support
 from ..documents import checked_starts
-from ..living import NothingLeft, groups_of_heads, reach_of_heads
+from ..living import NothingLeft, add_to_heads, groups_of_heads, reach_of_heads
 from ..segments import expect_shape, segment_tokens, state_dtype, walk
 from .portable import BLOCK, CHUNK, readout_segment, segment
 
@@ -103,13 +103,14 @@ def gated_linear_attention_readout(
     groups_of_equals = groups_of_heads(reach_HK.amax(1))
     if not groups_of_equals:
         return NothingLeft.apply(y_BTHV, state_BHKV, q_BTHK, log_decay_BTHK)
-    for heads_K, tokens in groups_of_equals:
-        part_BTKV, _ = walk(
+    parts = [
+        walk(
             readout_segment,
             state_BHKV[:, heads_K],
             (q_BTHK[:, :tokens, heads_K], log_decay_BTHK[:, :tokens, heads_K]),
             segment=segment_tokens(CHUNK, batch * len(heads_K) * (key_width + value_width), y_BTHV.device),
             starts_BT=None if starts_BT is None else starts_BT[:, :tokens],
-        )
-        y_BTHV[:, :tokens].index_copy_(2, heads_K, part_BTKV)
-    return y_BTHV
+        )[0]
+        for heads_K, tokens in groups_of_equals
+    ]
+    return add_to_heads(y_BTHV, groups_of_equals, parts)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import triton_support
 from ..documents import checked_starts
-from ..living import NothingLeft, groups_of_heads, reach_of_heads
+from ..living import NothingLeft, add_to_heads, groups_of_heads, reach_of_heads
 from ..segments import expect_shape, segment_tokens, state_dtype, walk
 from .portable import readout_segment, segment
 
@@ -77,7 +77,12 @@ def state_space_dual(
 
 
 def state_space_dual_readout(
-    state_BHPN: Tensor, log_decay_BTH: Tensor, C_BTGN: Tensor, *, document_starts: Tensor | None = None
+    state_BHPN: Tensor,
+    log_decay_BTH: Tensor,
+    C_BTGN: Tensor,
+    *,
+    onto: Tensor | None = None,
+    document_starts: Tensor | None = None,
 ) -> Tensor:
     """What a state that enters before the first token adds to the outputs: y_t = exp(sum of log decays) state C_t.
 
@@ -86,8 +91,10 @@ def state_space_dual_readout(
 
     Args:
         state_BHPN: the state that enters. log_decay_BTH, C_BTGN, document_starts: as in `state_space_dual`.
+        onto: y_BTHP to which it is added, in place if it has the dtype of the computation: only the tokens that the
+            state reaches are touched. Zeros by default.
 
-    Returns y_BTHP in the dtype of the computation; gradients flow to the state, the decays and C.
+    Returns y_BTHP in the dtype of the computation; gradients flow to the state, the decays, C and `onto`.
 
     Raises:
         ValueError: if shapes do not agree or H is not a multiple of G.
@@ -105,18 +112,23 @@ def state_space_dual_readout(
         from ..triton_readout import WIDEST, TritonReadout
 
         if max(width, states) <= WIDEST:
-            return TritonReadout.apply(state_BHPN.mT, log_decay_BTH.unsqueeze(-1), C_BTGN, starts_BT)
-    y_BTHP = torch.zeros(batch, length, heads, width, dtype=dtype, device=state_BHPN.device)
+            y_BTHP = TritonReadout.apply(state_BHPN.mT, log_decay_BTH.unsqueeze(-1), C_BTGN, starts_BT)
+            return y_BTHP if onto is None else onto + y_BTHP
     groups_of_equals = groups_of_heads(reach_of_heads(log_decay_BTH, dtype, starts_BT))
     if not groups_of_equals:
-        return NothingLeft.apply(y_BTHP, state_BHPN, log_decay_BTH, C_BTGN)
-    for heads_K, tokens in groups_of_equals:
-        part_BTKP, _ = walk(
+        nothing = NothingLeft.apply(state_BHPN.new_zeros(1, 1, 1, 1), state_BHPN, log_decay_BTH, C_BTGN)
+        return nothing.expand(batch, length, heads, width) if onto is None else onto + nothing
+    reach = max(tokens for _, tokens in groups_of_equals)
+    log_decay_BRH, C_BRGN = log_decay_BTH[:, :reach], C_BTGN[:, :reach]
+    parts = [
+        walk(
             readout_segment,
             state_BHPN[:, heads_K],
-            (log_decay_BTH[:, :tokens, heads_K], C_BTGN[:, :tokens].index_select(2, heads_K // (heads // groups))),
-            segment=segment_tokens(64, batch * len(heads_K) * (width + states), y_BTHP.device),
+            (log_decay_BRH[:, :tokens, heads_K], C_BRGN[:, :tokens].index_select(2, heads_K // (heads // groups))),
+            segment=segment_tokens(64, batch * len(heads_K) * (width + states), state_BHPN.device),
             starts_BT=None if starts_BT is None else starts_BT[:, :tokens],
-        )
-        y_BTHP[:, :tokens].index_copy_(2, heads_K, part_BTKP)
-    return y_BTHP
+        )[0]
+        for heads_K, tokens in groups_of_equals
+    ]
+    y_BTHP = state_BHPN.new_zeros(batch, length, heads, width) if onto is None else onto.to(dtype)
+    return add_to_heads(y_BTHP, groups_of_equals, parts)

@@ -31,6 +31,6 @@ def dual_prefill(
     if shard.size == 1:
         return y_BTHP, leaving_BHPN
     entering_BHPN = prefix_state(transition, leaving_BHPN, shard)
-    y_BTHP = y_BTHP + state_space_dual_readout(entering_BHPN, log_decay_BTH, C_BTGN)
+    y_BTHP = state_space_dual_readout(entering_BHPN, log_decay_BTH, C_BTGN, onto=y_BTHP)
     moved_BHPN = transition.apply(transition.travelling(), shard.local_length, entering_BHPN)
     return y_BTHP, leaving_BHPN + moved_BHPN

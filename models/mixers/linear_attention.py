@@ -57,7 +57,7 @@ class LinearAttention(Mixer):
         if shard.size > 1:
             transition = Constant(state_BHPK.new_zeros(1), shard.reset_mask(x_BTD.device))
             entering_BHPK = prefix_state(transition, state_BHPK, shard)
-            y_BTHP = y_BTHP + state_space_dual_readout(entering_BHPK, decay_BTH, q_BTHK, document_starts=starts_BT)
+            y_BTHP = state_space_dual_readout(entering_BHPK, decay_BTH, q_BTHK, onto=y_BTHP, document_starts=starts_BT)
         return self.out_proj(self.ratio(y_BTHP).to(x_BTD.dtype))
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:

@@ -89,8 +89,9 @@ class Mamba2(Mixer):
         y_BTHP = y_BTHP + self.D.unsqueeze(-1) * x_BTHP
         z_BTC = self.project_gate(x_BTD)
         if shard.size > 1:
-            state_BHPN = entering.wait()
-            y_BTHP = y_BTHP + state_space_dual_readout(state_BHPN, log_decay_BTH, C_BTGN, document_starts=starts_BT)
+            y_BTHP = state_space_dual_readout(
+                entering.wait(), log_decay_BTH, C_BTGN, onto=y_BTHP, document_starts=starts_BT
+            )
         return self.output(y_BTHP.to(x_BTD.dtype), z_BTC)
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:

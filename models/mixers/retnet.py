@@ -73,7 +73,9 @@ class RetNet(Mixer):
         entering = begin_prefix_state(transition, state_BHPK, shard)
         g_BTC = self.g_proj(x_BTD)
         if shard.size > 1:
-            o_BTHP = o_BTHP + state_space_dual_readout(entering.wait(), decay_BTH, q_BTHK, document_starts=starts_BT)
+            o_BTHP = state_space_dual_readout(
+                entering.wait(), decay_BTH, q_BTHK, onto=o_BTHP, document_starts=starts_BT
+            )
         return self.output(o_BTHP.to(x_BTD.dtype), g_BTC)
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:

@@ -88,7 +88,14 @@ def test_readout(length: int, starts) -> None:
     if starts is not None:
         mask = start_mask(2, length, *[(row, position) for row, position in starts if position < length])
     fast = partial(state_space_dual_readout, document_starts=mask)
-    assert_same(fast, partial(state_space_dual_readout_reference, document_starts=mask), [state, log_decay, C])
+    slow = partial(state_space_dual_readout_reference, document_starts=mask)
+    assert_same(fast, slow, [state, log_decay, C])
+
+    def onto(state: Tensor, log_decay: Tensor, C: Tensor, y: Tensor) -> Tensor:
+        return state_space_dual_readout(state, log_decay, C, onto=2 * y, document_starts=mask)
+
+    y = leaf(2, length, 6, 2, seed=7)
+    assert_same(onto, lambda state, log_decay, C, y: 2 * y + slow(state, log_decay, C), [state, log_decay, C, y])
 
 
 def test_readout_does_a_small_part_of_the_work() -> None:
@@ -133,6 +140,11 @@ def test_a_state_nobody_sees_still_has_a_gradient(decay: float) -> None:
     y = state_space_dual_readout(*inputs, document_starts=starts)
     for gradient in torch.autograd.grad(y.sum(), inputs):
         assert (gradient == 0).all()
+    before = torch.ones_like(y).requires_grad_()
+    y = state_space_dual_readout(*inputs, onto=1 * before, document_starts=starts)
+    assert torch.equal(y, before)
+    *gradients, passed_on = torch.autograd.grad(y.sum(), (*inputs, before))
+    assert all((gradient == 0).all() for gradient in gradients) and (passed_on == 1).all()
 
 
 def test_gradcheck() -> None:
