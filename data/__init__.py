@@ -10,6 +10,7 @@ from .mixture import Mixture
 from .preparation import Prepared, Progress, prepare
 from .schedule import Stage
 from .shards import ShardedCorpus
+from .storage import StoreUnavailable
 from .subwords import SubwordTokenizer
 from .task_loader import TaskLoader, TaskValidation
 from .tasks import TASKS, Task, TasksConfig
@@ -32,6 +33,7 @@ __all__ = [
     "SequenceLoader",
     "ShardedCorpus",
     "Stage",
+    "StoreUnavailable",
     "SubwordTokenizer",
     "Task",
     "TaskLoader",

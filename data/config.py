@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypedDict
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from .corpus import Corpus
+from .credentials import refuse_credentials
 from .loader import BatchLoader, HeldOut, SequenceLoader, ValidationSet
 from .schedule import Stage, parse_length, parse_schedule, plan_stages
 from .task_loader import TaskLoader, TaskValidation
@@ -44,12 +45,22 @@ class DataConfig(BaseModel):
         None, description="shorter contexts to begin with, such as '8k for 1000 steps, then 64k for 500 steps'"
     )
     validation_sequences: int = Field(8, gt=0, description="held-out sequences scored at each validation, at most")
-    verify: Literal["size", "checksum"] = Field("size", description="how prepared shards are checked before training")
+    verify: Literal["size", "blocks", "checksum"] = Field(
+        "blocks",
+        description="how prepared shards are checked: sizes; also blocks as they are read; or all before training",
+    )
     on_bad_shard: Literal["stop", "skip"] = Field(
-        "stop", description="what to do about a bad shard found by that check"
+        "stop", description="what to do about a shard found bad before training; one found later stops the run"
     )
     tasks: TasksConfig = Field(default=TasksConfig(), description="options of the synthetic tasks")
     prefetch: int = Field(2, ge=0, description="batches read ahead in the background")
+
+    @field_validator("corpus")
+    @classmethod
+    def _holds_no_secret(cls, corpus: str | dict[str, float]) -> str | dict[str, float]:
+        for url in (corpus,) if isinstance(corpus, str) else corpus:
+            refuse_credentials("data.corpus", url)
+        return corpus
 
     @field_validator("schedule", mode="before")
     @classmethod

@@ -26,12 +26,13 @@ class Corpus(ABC):
     """Two splits, "train" and "validation".
 
     Attributes: `name`; `tokenizer`, for prompts and samples; `concurrent_reads`, how many reads to have under way at
-    once: more than one where each waits for a network.
+    once: more than one where each waits for a network; `skipped`, the bad shards that were left out.
     """
 
     name: str
     tokenizer: Tokenizer
     concurrent_reads: int = 1
+    skipped: tuple[str, ...] = ()
 
     @abstractmethod
     def num_tokens(self, split: str) -> int:
@@ -48,7 +49,7 @@ class Corpus(ABC):
     def read(self, split: str, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, shape (stop - start,), unsigned integers. Touches no other tokens.
 
-        CorpusError: what lies there is missing or shorter than the index says.
+        CorpusError: what lies there is missing, shorter than the index says, or corrupted.
         """
 
     @abstractmethod
@@ -76,7 +77,7 @@ class Corpus(ABC):
     def open(
         source: str | Mapping[str, float],
         *,
-        verify: Literal["size", "checksum"] = "size",
+        verify: Literal["size", "blocks", "checksum"] = "blocks",
         on_bad_shard: Literal["stop", "skip"] = "stop",
     ) -> "Corpus":
         """Open a corpus.

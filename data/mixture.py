@@ -26,6 +26,7 @@ class Mixture(Corpus):
         self._weights = [weight for _, weight in corpora]
         self.name = " + ".join(corpus.name for corpus in self._corpora)
         self.concurrent_reads = max(corpus.concurrent_reads for corpus in self._corpora)
+        self.skipped = tuple(f"{corpus.name}/{shard}" for corpus in self._corpora for shard in corpus.skipped)
         first, *others = self._corpora
         self.tokenizer = first.tokenizer
         for corpus in others:

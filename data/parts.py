@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .blocks import block_checksums
 from .corpus import SPLITS, CorpusError
 from .shards import ShardEntry
 from .sources import Piece, documents
@@ -56,10 +57,9 @@ def finished_parts(folder: Folder, tokenizer: Tokenizer, num_parts: int) -> dict
             continue
         with contextlib.suppress(ValidationError):
             part = Part.model_validate_json(folder.read(f"{PARTS}/{number:05d}.json"))
-            if all(
-                sizes.get(shard.tokens_file) == shard.num_tokens * tokenizer.dtype.itemsize
-                and sizes.get(shard.documents_file) == shard.num_documents * 8
-                for shard in part.shards.values()
+            files = [file for shard in part.shards.values() for file in shard.files(tokenizer.dtype.itemsize)]
+            if all(sizes.get(name) == size for name, size, _ in files) and all(
+                shard.blocks_sha256 for shard in part.shards.values()
             ):
                 done[number] = part
     return done
@@ -108,14 +108,16 @@ def _batches(pieces: list[Piece], field: str) -> Iterator[list[tuple[Piece, byte
 def _write_shard(folder: Folder, name: str, stream: list[np.ndarray]) -> ShardEntry:
     tokens = np.concatenate(stream).tobytes()
     starts = np.cumsum([0, *(len(document) for document in stream)], dtype="<u8")
-    listing = starts[:-1].tobytes()
+    listing, checksums = starts[:-1].tobytes(), block_checksums(tokens)
     shard = ShardEntry(
         name=name,
         num_tokens=int(starts[-1]),
         num_documents=len(stream),
         tokens_sha256=hashlib.sha256(tokens).hexdigest(),
         documents_sha256=hashlib.sha256(listing).hexdigest(),
+        blocks_sha256=hashlib.sha256(checksums).hexdigest(),
     )
     folder.write(shard.tokens_file, tokens)
     folder.write(shard.documents_file, listing)
+    folder.write(shard.blocks_file, checksums)
     return shard

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .corpus import SPLITS, CorpusError
+from .credentials import refuse_credentials
 from .order import stable_hash
 from .parts import PARTS, Division, Part, finished_parts, make_part
 from .shards import INDEX, TOKENIZER, Index, find_problems, read_index
@@ -90,15 +91,19 @@ def prepare(
         overwrite: replace what another preparation left in `out`.
 
     Raises ValueError (CorpusError where files are at fault): one line with the file or value and the fix.
+    StoreUnavailable: a store could not be reached.
     """
     began = time.monotonic()
     if not 0 <= validation < 1:
         raise ValueError(f"validation {validation} is not a share: take 0 or more and less than 1, as in 0.05")
     if part_bytes < 1 or workers < 1:
         raise ValueError(f"part_bytes {part_bytes} and workers {workers} must be at least 1")
+    sources = [sources] if isinstance(sources, str) else sources
+    for what, url in (("OUT", out), ("--tokenizer", tokenizer), *(("SOURCE", source) for source in sources)):
+        refuse_credentials(what, url)
     folder = Folder(out)
     own = folder.fs.unstrip_protocol(folder.root) + "/"
-    files = expand([sources] if isinstance(sources, str) else sources, format, exclude=own)
+    files = expand(sources, format, exclude=own)
     division = Division(validation, _choose_holdout(files) if holdout == "auto" else holdout)
     name, loaded = _identify_tokenizer(tokenizer, vocab_size, separator)
     plan = _digest(
@@ -206,14 +211,17 @@ def _claim(folder: Folder, plan: str, overwrite: bool) -> bool:
     """
     names = folder.sizes()
     if _PLAN in names or INDEX in names:
-        if _PLAN in names and folder.read(_PLAN) == plan.encode():
+        renew = overwrite and INDEX in names and not _has_blocks(folder)
+        if _PLAN in names and folder.read(_PLAN) == plan.encode() and not renew:
             return INDEX in names and _whole(folder)
         if not overwrite:
             raise CorpusError(
                 f"{folder.url} holds a corpus prepared from other sources or settings: "
                 "take another folder, or overwrite it"
             )
-        ours = [name for name in names if name in (_PLAN, TOKENIZER) or name.endswith((".tokens", ".documents"))]
+        ours = [
+            name for name in names if name in (_PLAN, TOKENIZER) or name.endswith((".tokens", ".documents", ".blocks"))
+        ]
         parts = [f"{PARTS}/{name}" for name in folder.sizes(PARTS)]
         folder.remove([INDEX] * (INDEX in names) + parts + ours)
     folder.write(_PLAN, plan.encode())
@@ -223,6 +231,13 @@ def _claim(folder: Folder, plan: str, overwrite: bool) -> bool:
 def _whole(folder: Folder) -> bool:
     try:
         return not find_problems(folder, read_index(folder), checksum=False)
+    except CorpusError:
+        return False
+
+
+def _has_blocks(folder: Folder) -> bool:
+    try:
+        return all(shard.blocks_sha256 for shard in read_index(folder).shards)
     except CorpusError:
         return False
 

@@ -3,21 +3,25 @@
     index.json              written last: no index, no corpus. Tokenizer, vocabulary, shards with counts and SHA-256
     train-00000.tokens      raw little-endian token ids (1, 2 or 4 bytes each), documents one after the other
     train-00000.documents   positions in the shard at which its documents begin, raw little-endian uint64
+    train-00000.blocks      CRC-32 of every 64 KiB of the tokens, raw little-endian uint32 (`blocks`)
     tokenizer.json          where the tokenizer is not one of the built-in ones
 
 A split's stream is its shards in the order of the index. Documents never span shards. Reading needs nothing but NumPy,
-and any slice of any sequence is one byte range (two where it crosses shards).
+and any slice of any sequence is one byte range (two where it crosses shards), widened to whole blocks the first time.
 """
 
 import functools
 import hashlib
 import itertools
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .blocks import BLOCK_BYTES, CheckedFile, checksums_length
 from .corpus import SPLITS, Corpus, CorpusError
 from .storage import Folder
 from .subwords import SubwordTokenizer
@@ -29,6 +33,7 @@ INDEX = "index.json"
 TOKENIZER = "tokenizer.json"
 _SHARDS_OF_DOCUMENTS_KEPT = 256
 _REMOTE_READS = 8
+Verify = Literal["size", "blocks", "checksum"]
 
 
 class ShardEntry(BaseModel):
@@ -41,6 +46,7 @@ class ShardEntry(BaseModel):
     num_documents: int = Field(gt=0)
     tokens_sha256: str
     documents_sha256: str
+    blocks_sha256: str | None = None  # None: prepared before there were blocks
 
     @property
     def tokens_file(self) -> str:
@@ -49,6 +55,21 @@ class ShardEntry(BaseModel):
     @property
     def documents_file(self) -> str:
         return f"{self.name}.documents"
+
+    @property
+    def blocks_file(self) -> str:
+        return f"{self.name}.blocks"
+
+    def files(self, token_bytes: int, block_bytes: int = BLOCK_BYTES) -> list[tuple[str, int, str]]:
+        """(name, bytes, SHA-256) of each of its files."""
+        length = self.num_tokens * token_bytes
+        found = [
+            (self.tokens_file, length, self.tokens_sha256),
+            (self.documents_file, self.num_documents * 8, self.documents_sha256),
+        ]
+        if self.blocks_sha256:
+            found.append((self.blocks_file, checksums_length(length, block_bytes), self.blocks_sha256))
+        return found
 
 
 class Index(BaseModel):
@@ -63,6 +84,7 @@ class Index(BaseModel):
     vocab_size: int = Field(gt=0)
     dtype: Literal["|u1", "<u2", "<u4"]
     plan: str
+    block_bytes: int = Field(BLOCK_BYTES, gt=0)
     splits: dict[Literal["train", "validation"], list[ShardEntry]] = Field(min_length=2)
 
     @property
@@ -99,19 +121,20 @@ class ShardedCorpus(Corpus):
 
     Args:
         url: its folder, a path or any fsspec URL.
-        verify: "size" compares every shard's size with the index (one listing); "checksum" also reads every byte.
-        on_bad_shard: what to do about a shard that is missing, short or corrupted at that point. "stop" raises; "skip"
+        verify: "size" compares every shard's size with the index (one listing); "blocks" also checks every block of
+            64 KiB when it is first read; "checksum" also reads every byte beforehand.
+        on_bad_shard: what to do about a shard that is missing, short or corrupted beforehand. "stop" raises; "skip"
             leaves it out, logs a warning, keeps its name in `skipped`, and changes the fingerprint and the order.
 
-    Raises CorpusError, naming the shard and what is wrong with it. A shard that goes bad later stops the read, always:
-    processes that skip different shards would train on different orders.
+    Raises CorpusError, naming the shard and what is wrong with it. A shard found bad while it is read stops the read,
+    always: processes that skip different shards would train on different orders.
     """
 
     def __init__(
         self,
         url: str,
         *,
-        verify: Literal["size", "checksum"] = "size",
+        verify: Verify = "blocks",
         on_bad_shard: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.folder = Folder(url)
@@ -128,6 +151,9 @@ class ShardedCorpus(Corpus):
         for name, problem in problems.items():
             log.warning("skipping shard %s/%s: it %s", self.name, name, problem)
         self.skipped = tuple(problems)
+        self._by_block = verify != "size"
+        if self._by_block and not all(shard.blocks_sha256 for shard in self.index.shards):
+            _tell_unchecked(self.name)
         self._shards = {
             split: [shard for shard in shards if shard.name not in problems]
             for split, shards in self.index.splits.items()
@@ -137,6 +163,7 @@ class ShardedCorpus(Corpus):
             for split, shards in self._shards.items()
         }
         self._document_starts = functools.lru_cache(_SHARDS_OF_DOCUMENTS_KEPT)(self._read_document_starts)
+        self._tokens: dict[str, Callable[[int, int], bytes]] = {}
 
     def num_tokens(self, split: str) -> int:
         return int(self._offsets[split][-1])
@@ -152,7 +179,15 @@ class ShardedCorpus(Corpus):
         tokens = np.empty(stop - start, dtype=self._dtype)
         size = self._dtype.itemsize
         for shard, offset, first, last in self._pieces(split, start, stop):
-            content = self.folder.read(shard.tokens_file, first * size, last * size)
+            try:
+                content = self._open_tokens(shard)(first * size, last * size)
+            except CorpusError:
+                raise
+            except ValueError as error:
+                raise CorpusError(
+                    f"shard {self.name}/{shard.name} is corrupted: {error}; restore it, or leave it out: "
+                    "data.verify=checksum data.on_bad_shard=skip"
+                ) from error
             if len(content) != (last - first) * size:
                 raise CorpusError(f"shard {self.name}/{shard.name} has become short: restore it")
             part = np.frombuffer(content, dtype=self._dtype)
@@ -173,14 +208,29 @@ class ShardedCorpus(Corpus):
             for number, (begin, end) in enumerate(itertools.pairwise(offsets[first : last + 1].tolist()), start=first)
         ]
 
+    def _open_tokens(self, shard: ShardEntry) -> Callable[[int, int], bytes]:
+        """How to read bytes of a shard's tokens, given where they begin and end."""
+        if shard.name not in self._tokens:
+            read = partial(self.folder.read, shard.tokens_file)
+            if self._by_block and shard.blocks_sha256:
+                checksums = np.frombuffer(self._read_whole(shard.blocks_file, shard.blocks_sha256), dtype="<u4")
+                length = shard.num_tokens * self._dtype.itemsize
+                read = CheckedFile(read, length, checksums, self.index.block_bytes).read
+            self._tokens[shard.name] = read
+        return self._tokens[shard.name]
+
     def _read_document_starts(self, file: str, digest: str) -> np.ndarray:
+        return np.frombuffer(self._read_whole(file, digest), dtype="<u8").astype(np.int64)
+
+    def _read_whole(self, file: str, digest: str) -> bytes:
         content = self.folder.read(file)
         if hashlib.sha256(content).hexdigest() != digest:
             raise CorpusError(f"shard file {self.name}/{file} is corrupted: its SHA-256 is not that of the index")
-        return np.frombuffer(content, dtype="<u8").astype(np.int64)
+        return content
 
     def fingerprint(self) -> str:
-        shards = {split: [shard.model_dump() for shard in shards] for split, shards in self._shards.items()}
+        told = {"name", "num_tokens", "num_documents", "tokens_sha256", "documents_sha256"}
+        shards = {split: [shard.model_dump(include=told) for shard in shards] for split, shards in self._shards.items()}
         return hashlib.sha256(repr((self.index.tokenizer, self.index.vocab_size, shards)).encode()).hexdigest()
 
 
@@ -190,10 +240,7 @@ def find_problems(folder: Folder, index: Index, *, checksum: bool) -> dict[str, 
     problems = {}
     for shard in index.shards:
         problem = None
-        for file, size, digest in (
-            (shard.tokens_file, shard.num_tokens * np.dtype(index.dtype).itemsize, shard.tokens_sha256),
-            (shard.documents_file, shard.num_documents * 8, shard.documents_sha256),
-        ):
+        for file, size, digest in shard.files(np.dtype(index.dtype).itemsize, index.block_bytes):
             if file not in sizes:
                 problem = f"is missing its file {file}"
             elif sizes[file] != size:
@@ -204,3 +251,13 @@ def find_problems(folder: Folder, index: Index, *, checksum: bool) -> dict[str, 
                 problems[shard.name] = problem
                 break
     return problems
+
+
+@functools.cache
+def _tell_unchecked(name: str) -> None:
+    """Once for each corpus."""
+    log.warning(
+        "%s has no checksums of its blocks: only sizes are checked while it is read. data.verify=checksum reads it "
+        "whole beforehand; `longstride prepare ... --overwrite` adds them",
+        name,
+    )

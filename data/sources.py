@@ -9,7 +9,7 @@ import fsspec
 from fsspec.utils import infer_compression
 
 from .corpus import CorpusError
-from .storage import one_line, patiently, resolve
+from .storage import explained, one_line, patiently, resolve
 
 Kind = Literal["text", "jsonl", "parquet", "fasta"]
 _KINDS: dict[str, Kind] = {
@@ -103,7 +103,8 @@ def documents(piece: Piece, field: str = "text") -> Iterator[bytes]:
     """The documents of a piece, as bytes (UTF-8 where the format says text), empty ones left out.
 
     `field`: the key of JSONL objects, or column of Parquet files, that holds the text.
-    CorpusError: the file is gone or is not what its ending says; names the file and the line.
+    CorpusError: the file is gone or is not what its ending says; names the file and the line. StoreUnavailable: the
+    store cannot be reached.
     """
     reader = {"text": _text, "jsonl": _jsonl, "parquet": _parquet_rows, "fasta": _fasta}[piece.file.kind]
     try:
@@ -112,7 +113,7 @@ def documents(piece: Piece, field: str = "text") -> Iterator[bytes]:
     except CorpusError:
         raise
     except Exception as error:  # of the store, the decompressor or the format: each library has its own
-        raise CorpusError(f"cannot read {piece.file.url}: {one_line(error)}") from error
+        raise explained(error, f"cannot read {piece.file.url}") from error
 
 
 def _open(file: SourceFile) -> IO[bytes]:

@@ -1,4 +1,8 @@
-"""Files at any fsspec URL: a folder, read by range and written whole, patient with a store that fails for a while."""
+"""Files at any fsspec URL: a folder, read by range and written whole, patient with a store that fails for a while.
+
+Two errors come of it. `CorpusError`: the user can mend it (no such file, not permitted, the wrong format).
+`StoreUnavailable`: nobody could be reached within our patience; another attempt, later, may go well.
+"""
 
 import logging
 import time
@@ -11,6 +15,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from .corpus import CorpusError
+from .credentials import mask_credentials, refuse_credentials
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
@@ -25,13 +30,21 @@ _FINAL = (
     ValueError,
     TypeError,
 )
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
-# By name: their modules are slow to import. The store was waited for already (see `object_store`).
-_FINAL_NAMES = ("StoreUnavailable", *_NO_CREDENTIALS)
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # by name: their module is slow to import
+# Packages whose errors are about connections: fsspec's stores speak HTTP through them.
+_NETWORK_PACKAGES = ("aiohttp", "urllib3", "requests")
+
+
+class StoreUnavailable(OSError):
+    """A store that could not be reached, or did not answer as it should, within our patience. One line, no mistake."""
 
 
 def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
-    """The filesystem of a URL or path, and the path in it. ValueError, ImportError: unknown, or its package missing."""
+    """The filesystem of a URL or path, and the path in it.
+
+    ValueError, ImportError: unknown, its package missing, or the URL holds credentials.
+    """
+    refuse_credentials("URL", url)
     if not url.startswith(("s3://", "s3a://")):
         return url_to_fs(url)
     from .object_store import PatientS3FileSystem  # slow to import, and only such a store needs it
@@ -41,18 +54,18 @@ def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
 
 
 def resolve(url: str) -> tuple[AbstractFileSystem, str]:
-    """The filesystem of a URL or path, and the path in it. CorpusError: unknown protocol, or its package is missing."""
+    """The filesystem of a URL or path, and the path in it. CorpusError: as the errors of `open_filesystem`."""
     try:
         return open_filesystem(url)
     except (ValueError, ImportError) as error:
-        raise CorpusError(f"cannot open {url}: {one_line(error)}") from error
+        raise CorpusError(f"cannot open {mask_credentials(url)}: {one_line(error)}") from error
 
 
 def patiently(action: Callable[[], Result], what: str, sleep: Callable[[float], None] = time.sleep) -> Result:
     """Do what may fail for a while (refused, throttled or dropped connections), up to four times.
 
-    What waiting does not mend (not found, not permitted), what was waited for below, and the last failure, are raised
-    as CorpusError with `what`.
+    What waiting does not mend (not found, not permitted), what was waited for below (see `object_store`), and the last
+    failure, are raised as `explained` has them.
     """
     for attempt, wait in enumerate((*_WAITS, None), start=1):
         try:
@@ -60,12 +73,29 @@ def patiently(action: Callable[[], Result], what: str, sleep: Callable[[float], 
         except CorpusError:
             raise
         except Exception as error:
-            if wait is None or isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
+            final = isinstance(error, (*_FINAL, StoreUnavailable)) or type(error).__name__ in _NO_CREDENTIALS
+            if wait is None or final:
                 tries = "" if attempt == 1 else f" after {attempt} tries"
-                raise CorpusError(f"{what}{tries}: {one_line(error)}") from error
+                raise explained(error, f"{what}{tries}") from error
             log.warning("%s: %s; trying again in %.1f s", what, one_line(error), wait)
             sleep(wait)
     raise AssertionError
+
+
+def explained(error: Exception, what: str) -> CorpusError | StoreUnavailable:
+    """The error for the user, as one line: StoreUnavailable if a store could not be reached, CorpusError otherwise."""
+    if isinstance(error, StoreUnavailable) and error.errno is None:  # an explained one
+        return error
+    return (StoreUnavailable if is_unreachable(error) else CorpusError)(f"{what}: {one_line(error)}")
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether a store's client says with this that it reached nobody, or nobody in a state to answer."""
+    if isinstance(error, (StoreUnavailable, ConnectionError, TimeoutError)):
+        return True
+    status = getattr(error, "status", None)  # of an answer over HTTP
+    refused = isinstance(status, int) and status < 500 and status != 429
+    return type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES and not refused
 
 
 def one_line(error: BaseException) -> str:
