@@ -2,7 +2,9 @@
 #
 #   make train [ARGS="train.steps=50"]    environment, then the quickstart
 #   make test  [ARGS="-k prefix"]         environment with test tools, then every test
-#   make soak                           a run that is killed thirty times, beside one that is not
+#   make test-full                        with the long ones, but those of `make soak`
+#   make soak                             faults at length: thirty kills, lost nodes, cut links, the resume matrix
+#   make test-gpu | bench-gpu             kernels on a GPU: their tests; their times beside peers
 #   make lint | env | bench | constraints | clean
 #
 # Stamp files inside .venv remember what is installed, so a second call goes straight to work.
@@ -19,7 +21,7 @@ NONE_SELECTED := 5
 # One thread per process: the tests and the workers run several processes on a few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train env test test-full soak lint constraints bench bench-gpu clean
+.PHONY: help train env test test-full test-gpu soak lint constraints bench bench-gpu clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -34,11 +36,11 @@ test: $(VENV)/.development
 	$(BIN)/python -m pytest -m "not slow and ray" $(ARGS) || [ $$? -eq $(NONE_SELECTED) ]
 
 test-full: $(VENV)/.development
-	$(BIN)/python -m pytest --ignore tests/soak $(ARGS)
+	$(BIN)/python -m pytest -m "not soak" $(ARGS)
 
-# Kills at random moments, for a quarter of an hour or more; prints a table.
+# Every long test of faults, for half an hour or more; they print what they found.
 soak: $(VENV)/.development
-	$(BIN)/python -m pytest tests/soak $(ARGS)
+	$(BIN)/python -m pytest -m soak -s $(ARGS)
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -51,6 +53,11 @@ constraints: $(VENV)/.development
 
 bench: $(VENV)/.development
 	$(BIN)/python -m benchmarks.kernels_cpu $(ARGS)
+
+# The Triton kernels natively, where a GPU is: outputs and gradients in float32 and bfloat16, tensors above 2^31 elements.
+# Processes compile side by side; tests that take most of the memory stay in one of them.
+test-gpu: $(VENV)/.development
+	$(BIN)/python -m pytest tests/kernels -k "triton or native" -m "not slow" -n 4 --dist loadgroup $(ARGS)
 
 bench-gpu: $(VENV)/.development
 	$(BIN)/python -m benchmarks.kernels_gpu $(ARGS)

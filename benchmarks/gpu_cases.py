@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,6 +194,103 @@ def _modal(**sizes: int) -> Case:
     return _modal_inputs(**sizes), lambda *inputs: modal_convolution(*inputs)[0]
 
 
+def _wkv4(function: Callable[..., Any], batch: int, length: int, channels: int) -> Case:
+    decay, bonus = -torch.linspace(0.01, 2.0, channels, device=DEVICE), torch.zeros(channels, device=DEVICE)
+    inputs = [_random(batch, length, channels), _random(batch, length, channels)]
+    return [*inputs, decay.requires_grad_(), bonus.requires_grad_()], function
+
+
+def _peer_wkv4(**sizes: int) -> Case:
+    """fla-core takes the logarithm of minus our log decay, and a state."""
+    peer = _peer("fla.ops.rwkv4", "fused_recurrent_rwkv4")
+    state = torch.zeros(sizes["batch"], 3, 1, sizes["channels"], device=DEVICE)
+    state[:, 2] = -1e30
+    return _wkv4(lambda k, v, decay, bonus: peer((-decay).log(), bonus, k, v, state)[0], **sizes)
+
+
+def _wkv7(function: Callable[..., Any], batch: int, length: int, heads: int, width: int) -> Case:
+    """Keys that the state unlearns, as RWKV-7 makes them: a = -kappa, b = kappa times a rate of a half."""
+    shape = (batch, length, heads, width)
+    kappa = F.normalize(_random(*shape).detach().float(), dim=-1).to(DTYPE)
+    decay = (-0.6 * torch.rand(shape, device=DEVICE)).to(DTYPE)
+    fixed = [decay, _random(*shape).detach(), _random(*shape).detach(), -kappa, kappa * 0.5]
+    return [_random(*shape), *(x.requires_grad_() for x in fixed)], function
+
+
+def _peer_wkv7(**sizes: int) -> Case:
+    peer = _peer("fla.ops.rwkv7", "chunk_rwkv7")
+    return _wkv7(lambda r, w, k, v, a, b: peer(r=r, w=w, k=k, v=v, a=a, b=b, scale=1.0)[0], **sizes)
+
+
+def _rotary(function: Callable[..., Any], batch: int, length: int, heads: int, width: int) -> Case:
+    positions = torch.arange(length, device=DEVICE)
+    return [_random(batch, length, heads, width)], lambda x: function(x, positions)
+
+
+def _plain_rotary(x: Tensor, positions: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    angles = positions[:, None, None] * 10000.0 ** (-torch.arange(half, device=x.device) / half)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+
+
+def _state(*shape: int) -> Tensor:
+    return _random(*shape, dtype=torch.float32)
+
+
+def _scan_from_state(readout: bool, batch: int, length: int, channels: int, states: int) -> Case:
+    """What a split sequence does with the state that arrives: read it out, or scan again from it."""
+    u, delta, rates, B, C, _, _ = _scan_inputs(batch, length, channels, states)
+    steps, state = F.softplus(delta.detach()).requires_grad_(), _state(batch, channels, states)
+    if readout:
+        return [state, steps, rates, C], kernels.selective_scan_readout
+    return [state, steps, rates, C, u, B], lambda state, steps, rates, C, u, B: kernels.selective_scan(
+        u, steps, rates, B, C, initial_state=state
+    )[0]
+
+
+def _dual_from_state(readout: bool, **sizes: int) -> Case:
+    x, decay, B, C = _dual_inputs(**sizes)
+    state = _state(sizes["batch"], sizes["heads"], sizes["width"], sizes["states"])
+    if readout:
+        return [state, decay, C], kernels.state_space_dual_readout
+    return [state, decay, C, x, B], lambda state, decay, C, x, B: state_space_dual(x, decay, B, C, initial_state=state)[
+        0
+    ]
+
+
+def _gated_from_state(readout: bool, **sizes: int) -> Case:
+    q, k, v, decay = _gated_inputs(**sizes)
+    state = _state(sizes["batch"], sizes["heads"], sizes["keys"], sizes["keys"])
+    if readout:
+        return [state, q, decay], kernels.gated_linear_attention_readout
+    return [state, q, decay, k, v], lambda state, q, decay, k, v: gated_linear_attention(
+        q, k, v, decay, initial_state=state
+    )[0]
+
+
+def _modal_from_state(readout: bool, **sizes: int) -> Case:
+    u, poles, residues = _modal_inputs(**sizes)
+    state, length = _state(sizes["batch"], sizes["channels"], sizes["states"]), sizes["length"]
+    if readout:
+        return [state, poles, residues], lambda *inputs: kernels.modal_readout(*inputs, length)
+    return [state, poles, residues, u], lambda state, poles, residues, u: modal_convolution(
+        u, poles, residues, initial_state=state
+    )[0]
+
+
+def _gated_convolution(function: Callable[..., Any], **sizes: int) -> Case:
+    """As Hyena has it: gates before and behind."""
+    shape = sizes["batch"], sizes["length"], sizes["channels"]
+    inputs, _ = _convolution(function, **sizes)
+    return [*inputs, _random(*shape), _random(*shape)], function
+
+
+def _ours_gated(u: Tensor, taps: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    return kernels.long_convolution(u, taps, input_gate=first, gate=last)
+
+
 CASES: dict[str, Callable[..., Case]] = {
     "scan: ours": lambda **sizes: (_scan_inputs(**sizes), _scan),
     "scan: mamba-ssm": _mamba_scan,
@@ -206,6 +304,24 @@ CASES: dict[str, Callable[..., Case]] = {
     "long: ours": lambda **sizes: _convolution(kernels.long_convolution, **sizes),
     "long: plain rfft": lambda **sizes: _convolution(_rfft, **sizes),
     "long: flash attention": _flash,
+    "gated long: ours": lambda **sizes: _gated_convolution(_ours_gated, **sizes),
+    "gated long: plain rfft": lambda **sizes: _gated_convolution(
+        lambda u, taps, first, last: last * _rfft(first * u, taps), **sizes
+    ),
+    "wkv4: ours": lambda **sizes: _wkv4(lambda *inputs: kernels.wkv4(*inputs)[0], **sizes),
+    "wkv4: fla": _peer_wkv4,
+    "wkv7: ours": lambda **sizes: _wkv7(lambda *inputs: kernels.wkv7(*inputs)[0], **sizes),
+    "wkv7: fla": _peer_wkv7,
+    "scan read-out: ours": partial(_scan_from_state, True),
+    "scan read-out: second scan": partial(_scan_from_state, False),
+    "dual read-out: ours": partial(_dual_from_state, True),
+    "dual read-out: second pass": partial(_dual_from_state, False),
+    "gated read-out: ours": partial(_gated_from_state, True),
+    "gated read-out: second pass": partial(_gated_from_state, False),
+    "modal read-out: ours": partial(_modal_from_state, True),
+    "modal read-out: second pass": partial(_modal_from_state, False),
+    "rotary: ours": lambda **sizes: _rotary(kernels.rotary, **sizes),
+    "rotary: autograd": lambda **sizes: _rotary(_plain_rotary, **sizes),
     "short: ours": lambda **sizes: _short(_ours_short, **sizes),
     "short: causal-conv1d": _peer_short,
     "short: copies": _copy,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..documents import checked_starts
+from ..segments import expect_shape
 from .portable import LongConvolution
 from .toeplitz import WIDEST, ToeplitzConvolution
 
@@ -21,18 +22,27 @@ _LEAST_LENGTHS = {True: 8, False: 64}
 
 
 def long_convolution(
-    u_BTD: Tensor, filter_DL: Tensor, *, skip: Tensor | None = None, document_starts: Tensor | None = None
+    u_BTD: Tensor,
+    filter_DL: Tensor,
+    *,
+    skip: Tensor | None = None,
+    input_gate: Tensor | None = None,
+    gate: Tensor | None = None,
+    document_starts: Tensor | None = None,
 ) -> Tensor:
-    """y_t = skip u_t + sum_{k<=t} filter[:, k] u_{t-k}. FFTs are of at least the summed lengths: nothing wraps around.
+    """y_t = gate_t (skip v_t + sum_{k<=t} filter[:, k] v_{t-k}) with v_t = input_gate_t u_t; gates of one by default.
+
+    FFTs are of at least the summed lengths: nothing wraps around.
 
     Args:
-        u_BTD: inputs, any floating dtype; y has the same.
+        u_BTD: inputs, any floating dtype; y has the same. input_gate, gate: (B, T, D).
         filter_DL: (D, K) taps by lag; taps at or beyond the length have no effect, missing ones are zero.
         skip: (D,) direct term.
         document_starts: boolean (B or 1, T); each document is convolved by itself, so nothing crosses a True token.
 
     Computes in float64 if an argument is float64 and in float32 otherwise. The backward recomputes the spectra, both
     passes work on a few channels (with few taps: tokens) at a time: beyond arguments and results the memory is bounded.
+    Neither v nor the ungated convolution is stored; with few taps they are, in the dtype of u.
 
     Raises:
         ValueError: if shapes do not agree.
@@ -42,12 +52,18 @@ def long_convolution(
         raise ValueError(f"long convolution: filter has shape {tuple(filter_DL.shape)}, expected ({channels}, taps)")
     if skip is not None and tuple(skip.shape) != (channels,):
         raise ValueError(f"long convolution: skip has shape {tuple(skip.shape)}, expected ({channels},)")
+    for name, factor in (("input_gate", input_gate), ("gate", gate)):
+        expect_shape("long convolution", name, factor, tuple(u_BTD.shape))
     starts_BT = checked_starts(document_starts, batch, length)
-    double = torch.float64 in (u_BTD.dtype, filter_DL.dtype)
+    double = any(x is not None and x.dtype == torch.float64 for x in (u_BTD, filter_DL, input_gate, gate))
     dtype = torch.float64 if double else torch.float32
     filter_DL, skip = filter_DL.to(dtype), None if skip is None else skip.to(dtype)
     taps = filter_DL.shape[1]
     if taps > WIDEST or length < _LEAST_LENGTHS[taps <= _FEW_TAPS] * taps:
-        return LongConvolution.apply(u_BTD, filter_DL, skip, starts_BT)
+        return LongConvolution.apply(u_BTD, filter_DL, skip, starts_BT, input_gate, gate)
+    if input_gate is not None:
+        u_BTD = (u_BTD * input_gate).to(u_BTD.dtype)
     y_BTD = ToeplitzConvolution.apply(u_BTD, filter_DL, u_BTD.new_zeros(batch, taps - 1, channels), starts_BT)
-    return y_BTD if skip is None else torch.addcmul(y_BTD, u_BTD, skip.to(u_BTD.dtype))
+    if skip is not None:
+        y_BTD = torch.addcmul(y_BTD, u_BTD, skip.to(u_BTD.dtype))
+    return y_BTD if gate is None else (y_BTD * gate).to(u_BTD.dtype)

@@ -73,7 +73,8 @@ def modal_readout_kernel(
             re_ND = next_re
         else:
             re_ND *= power_re
-        for t in range(begin, stop):
+        for i in range(0, stop - begin):
+            t = begin + i  # 64-bit
             if COMPLEX:
                 next_re = re_ND * step_re - im_ND * step_im
                 im_ND = re_ND * step_im + im_ND * step_re
@@ -106,7 +107,8 @@ def modal_moments_kernel(
         late_re = tl.zeros([N_BLOCK, D_BLOCK], dtype=tl.float32)
         late_im = tl.zeros([N_BLOCK, D_BLOCK], dtype=tl.float32)
         grad_y += b * grad_strides[0]
-        for t in range(begin, stop):
+        for i in range(0, stop - begin):
+            t = begin + i  # 64-bit
             grad_D = tl.load(grad_y + t * grad_strides[1] + d, mask=mask_D, other=0.0).to(tl.float32)
             next_re = re_ND * step_re - im_ND * step_im
             if COMPLEX:

@@ -26,17 +26,17 @@ def norm_kernel(
     x, weight, gate, y, scales, rows, width, x_stride, gate_stride, eps, GATED: tl.constexpr, W_BLOCK: tl.constexpr
 ):
     """One group of one row; keeps its 1 / root mean square."""
-    row, group, groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row, group, groups = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     w = tl.arange(0, W_BLOCK)
-    mask, column = w < width, group * width + w
-    v = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    mask, begin = w < width, group * width
+    v = tl.load(x + (row * x_stride + begin) + w, mask=mask, other=0.0).to(tl.float32)
     if GATED:
-        gate_W = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+        gate_W = tl.load(gate + (row * gate_stride + begin) + w, mask=mask, other=0.0).to(tl.float32)
         v *= gate_W * sigmoid(gate_W)
     scale = 1.0 / tl.sqrt(tl.sum(v * v, axis=0) / width + eps)
     tl.store(scales + row * groups + group, scale)
-    out = v * scale * tl.load(weight + column, mask=mask, other=0.0)
-    tl.store(y + row * (groups * width) + column, out.to(y.dtype.element_ty), mask=mask)
+    out = v * scale * tl.load(weight + begin + w, mask=mask, other=0.0)
+    tl.store(y + (row * groups + group) * width + w, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -45,35 +45,35 @@ def norm_gradient_kernel(
     x_stride, gate_stride, grad_stride, GATED: tl.constexpr, W_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one group of `rows_each` rows, and the sum of their shares of the weight's."""
-    program, group, groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    program, group, groups = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     w = tl.arange(0, W_BLOCK)
-    mask, column = w < width, group * width + w
-    weight_W = tl.load(weight + column, mask=mask, other=0.0)
+    mask, begin = w < width, group * width
+    weight_W = tl.load(weight + begin + w, mask=mask, other=0.0)
     grad_weight_W = tl.zeros([W_BLOCK], dtype=tl.float32)
     first = program * rows_each
     for i in range(0, rows_each):
         row = first + i
         here = mask & (row < rows)
-        x_W = tl.load(x + row * x_stride + column, mask=here, other=0.0).to(tl.float32)
+        x_W = tl.load(x + (row * x_stride + begin) + w, mask=here, other=0.0).to(tl.float32)
         v = x_W
         if GATED:
-            gate_W = tl.load(gate + row * gate_stride + column, mask=here, other=0.0).to(tl.float32)
+            gate_W = tl.load(gate + (row * gate_stride + begin) + w, mask=here, other=0.0).to(tl.float32)
             open_W = sigmoid(gate_W)
             v = x_W * gate_W * open_W
         scale = tl.load(scales + row * groups + group, mask=row < rows, other=0.0)
-        grad_W = tl.load(grad_y + row * grad_stride + column, mask=here, other=0.0).to(tl.float32)
+        grad_W = tl.load(grad_y + (row * grad_stride + begin) + w, mask=here, other=0.0).to(tl.float32)
         normalised_W = v * scale
         grad_weight_W += grad_W * normalised_W
         grad_W *= weight_W
         mean = tl.sum(grad_W * normalised_W, axis=0) / width
         grad_v = (grad_W - normalised_W * mean) * scale
-        target = row * (groups * width) + column
+        target = (row * groups + group) * width
         if GATED:
             slope_W = open_W * (1.0 + gate_W * (1.0 - open_W))
-            tl.store(grad_gate + target, (grad_v * x_W * slope_W).to(grad_gate.dtype.element_ty), mask=here)
+            tl.store(grad_gate + target + w, (grad_v * x_W * slope_W).to(grad_gate.dtype.element_ty), mask=here)
             grad_v *= gate_W * open_W
-        tl.store(grad_x + target, grad_v.to(grad_x.dtype.element_ty), mask=here)
-    tl.store(grad_weight + program * (groups * width) + column, grad_weight_W, mask=mask)
+        tl.store(grad_x + target + w, grad_v.to(grad_x.dtype.element_ty), mask=here)
+    tl.store(grad_weight + (program * groups + group) * width + w, grad_weight_W, mask=mask)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def rotate_kernel(
     row = tl.program_id(0).to(tl.int64) * R_BLOCK + tl.arange(0, R_BLOCK)
     p = tl.arange(0, P_BLOCK)
     token, head = row // heads, row % heads
-    mask = (row < length * heads)[:, None] & (p < pairs)[None, :]
+    mask = (token < length)[:, None] & (p < pairs)[None, :]
     if ADJACENT:
         first, second = 2 * p, 2 * p + 1
     else:

@@ -41,5 +41,5 @@ def wkv4_reference(
 
 def _columns(document_starts: Tensor | None, k_BTD: Tensor) -> tuple[Tensor, ...]:
     if document_starts is None:
-        document_starts = torch.zeros(1, k_BTD.shape[1], dtype=torch.bool)
+        document_starts = torch.zeros(1, k_BTD.shape[1], dtype=torch.bool, device=k_BTD.device)
     return document_starts.unbind(1)

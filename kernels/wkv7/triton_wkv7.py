@@ -42,18 +42,20 @@ def wkv7_kernel(
     V_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Outputs of V_BLOCK rows, their state before every CHECK tokens, and the last one."""
-    rows = tl.program_id(0) * V_BLOCK + tl.arange(0, V_BLOCK)
+    first, i = tl.program_id(0).to(tl.int64) * V_BLOCK, tl.arange(0, V_BLOCK)
+    rows = first + i
     h, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     keys = tl.arange(0, K_BLOCK)
     mask_V, mask_K = rows < width, keys < width
     mask_VK = mask_V[:, None] & mask_K[None, :]
-    offset_VK = rows[:, None] * width + keys[None, :]
-    state_VK = tl.load(initial + (batch * heads + h) * width * width + offset_VK, mask=mask_VK, other=0.0)
+    offset_VK = i[:, None] * width + keys[None, :]
+    whole = (batch * heads + h) * width * width + first * width
+    state_VK = tl.load(initial + whole + offset_VK, mask=mask_VK, other=0.0)
     checks = tl.cdiv(length, CHECK)
     for t in range(0, length):
         if t % CHECK == 0:
-            kept = checkpoints + ((batch * heads + h) * checks + t // CHECK) * width * width
-            tl.store(kept + offset_VK, state_VK, mask=mask_VK)
+            kept = ((batch * heads + h) * checks + t // CHECK) * width * width + first * width
+            tl.store(checkpoints + kept + offset_VK, state_VK, mask=mask_VK)
         if starts is not None:
             state_VK = tl.where(tl.load(starts + batch * starts_stride + t) != 0, 0.0, state_VK)
         at = ((batch * length + t) * heads + h) * width
@@ -62,7 +64,7 @@ def wkv7_kernel(
         state_VK, _ = _step(state_VK, w_K, k_K, _row(v, at, rows, mask_V), a_K, b_K)
         y_V = tl.sum(state_VK * _row(r, at, keys, mask_K)[None, :], axis=1)
         tl.store(y + at + rows, y_V.to(y.dtype.element_ty), mask=mask_V)
-    tl.store(final + (batch * heads + h) * width * width + offset_VK, state_VK, mask=mask_VK)
+    tl.store(final + whole + offset_VK, state_VK, mask=mask_VK)
 
 
 @triton.jit
@@ -89,7 +91,7 @@ def wkv7_gradient_kernel(
         for t in range(begin, stop):
             if starts is not None:
                 state_VK = tl.where(tl.load(starts + batch * starts_stride + t) != 0, 0.0, state_VK)
-            tl.store(scratch + (t - begin) * BLOCK * BLOCK + scratch_VK, state_VK)
+            tl.store(scratch + tl.cast(t - begin, tl.int64) * BLOCK * BLOCK + scratch_VK, state_VK)
             at = ((batch * length + t) * heads + h) * width
             w_K, k_K, v_V = tl.exp(_row(log_w, at, n, mask)), _row(k, at, n, mask), _row(v, at, n, mask)
             state_VK, _ = _step(state_VK, w_K, k_K, v_V, _row(a, at, n, mask), _row(b, at, n, mask))
@@ -97,7 +99,7 @@ def wkv7_gradient_kernel(
         for j in range(0, stop - begin):
             t = stop - 1 - j
             at = ((batch * length + t) * heads + h) * width
-            before_VK = tl.load(scratch + (t - begin) * BLOCK * BLOCK + scratch_VK)
+            before_VK = tl.load(scratch + tl.cast(t - begin, tl.int64) * BLOCK * BLOCK + scratch_VK)
             w_K, k_K, v_V = tl.exp(_row(log_w, at, n, mask)), _row(k, at, n, mask), _row(v, at, n, mask)
             a_K, b_K, r_K = _row(a, at, n, mask), _row(b, at, n, mask), _row(r, at, n, mask)
             dy_V = _row(grad_y, at, n, mask)

@@ -39,10 +39,11 @@ def outputs_and_gradients(
     """Outputs, and the gradients of a random weighting of all of them."""
     result = function(*inputs)
     outputs = [result] if isinstance(result, Tensor) else list(result)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=inputs[0].device)
     for index, output in enumerate(outputs):
         generator = torch.Generator().manual_seed(weights_seed + index)
-        total = total + (output.double() * torch.randn(output.shape, generator=generator, dtype=torch.float64)).sum()
+        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)  # the same on every device
+        total = total + (output.double() * weights.to(output.device)).sum()
     gradients = torch.autograd.grad(total, list(inputs), allow_unused=True)
     zeros = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
     return outputs, zeros

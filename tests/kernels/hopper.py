@@ -2,10 +2,13 @@
 
     python -m tests.kernels.hopper
 
-Calls the public doors forward and backward with CPU tensors; every launch becomes a compilation to machine code for
-compute capability 9.0 and nothing runs. Prints one line a kernel: registers a thread, bytes spilled, shared memory.
+Calls the public doors forward and backward with CPU tensors, at sizes of models and with every size one (which Triton
+compiles as constants); every launch becomes a compilation to machine code for compute capability 9.0 and nothing runs.
+Prints one line a kernel: module, name, registers a thread, bytes spilled, shared memory, and pointer offsets that come
+from 32-bit products. The last line is a kernel that has such an offset.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -25,6 +28,9 @@ from longstride.kernels.modal_convolution import modal_convolution
 from longstride.kernels.state_space_dual import state_space_dual
 from longstride.kernels.wkv4 import wkv4
 from longstride.kernels.wkv7 import wkv7
+
+from .narrow_offsets import narrow_kernel
+from .offsets import narrow_offsets
 
 
 class _Hopper:
@@ -51,18 +57,21 @@ def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any)
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     numbers = [re.search(rf"(\d+) {what}|Used (\d+) {what}", report) for what in ("registers", "bytes spill stores")]
     registers, spilled = (next(x for x in found.groups() if x) if found else "?" for found in numbers)
+    name = f"{kernel.fn.__module__.removeprefix('longstride.kernels.')} {kernel.fn.__name__}"
+    narrow = len(narrow_offsets(compiled.asm["ttir"]))
     print(
-        f"{kernel.fn.__name__:24}{registers:>5} registers{spilled:>6} bytes spilled{compiled.metadata.shared:>8} shared"
+        f"{name:64}{registers:>5} registers{spilled:>6} bytes spilled{compiled.metadata.shared:>8} shared"
+        f"{narrow:>4} narrow offsets"
     )
 
 
-def calls(dtype: torch.dtype) -> list[Callable[[], Any]]:
-    """Every operation at sizes of models, with documents and everything optional."""
+def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], Any]]:
+    """Every operation at sizes of models, or with sizes of one; with documents and everything optional."""
 
-    def x(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, dtype=of).requires_grad_()
+    def x(*shape: int, of: torch.dtype = dtype, least: int = 1) -> Tensor:
+        return torch.randn([least] * len(shape) if smallest else shape, dtype=of).requires_grad_()
 
-    single, length = torch.float32, 512
+    single, length = torch.float32, 1 if smallest else 512
     starts = torch.zeros(1, length, dtype=torch.bool)
 
     def scan(states: int) -> Any:
@@ -110,9 +119,9 @@ def calls(dtype: torch.dtype) -> list[Callable[[], Any]]:
         ),
         lambda: modal_read(single),
         lambda: modal_read(torch.complex64),
-        lambda: kernels.rms_norm(x(10, 4096), x(4096), gate=x(10, 4096), groups=8),
+        lambda: kernels.rms_norm(x(10, 4096), x(4096), gate=x(10, 4096), groups=1 if smallest else 8),
         lambda: kernels.rms_norm(x(10, 4096), x(4096)),
-        lambda: kernels.rotary(x(1, 16, 4, 128), torch.arange(16)),
+        lambda: kernels.rotary(x(1, 512, 4, 128, least=2), torch.arange(2 if smallest else 512)),
         lambda: kernels.swiglu(x(10, 4096), x(10, 4096)),
         lambda: wkv4(x(1, length, 64), x(1, length, 64), x(64), x(64), document_starts=starts),
         lambda: wkv7(*(x(1, length, 2, 64) for _ in range(6)), document_starts=starts),
@@ -123,12 +132,13 @@ def main() -> None:
     driver.set_active(_Hopper())  # type: ignore[arg-type]
     triton_support.launch = compile_only
     triton_support.takes = lambda *tensors: True
-    for dtype in (torch.bfloat16, torch.float32):
-        print(f"{dtype}, triton {triton.__version__}")
-        for call in calls(dtype):
+    for dtype, smallest in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+        print(f"{dtype}, {'smallest' if smallest else 'usual'} sizes, triton {triton.__version__}")
+        for call in calls(dtype, smallest=smallest):
             outputs = call()
             outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
             torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    compile_only(narrow_kernel, (2,), torch.ones(2, 8), torch.ones(2, 8), 1 << 30, 8, BLOCK=8)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.utils.deterministic
 from torch import Tensor
 
 from longstride.kernels import triton_support
@@ -26,9 +25,22 @@ needs_triton = pytest.mark.skipif(not triton_support.installed(), reason="triton
 on_gpu = pytest.mark.skipif(not NATIVE, reason="needs a CUDA device")
 
 
+def filled_with_nan(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """In place of a function that returns fresh memory."""
+
+    def poisoned(*args: Any, **options: Any) -> Tensor:
+        fresh = allocate(*args, **options)
+        return fresh.fill_(torch.nan) if fresh.is_floating_point() or fresh.is_complex() else fresh
+
+    return poisoned
+
+
 @contextmanager
 def triton_chosen(monkeypatch: pytest.MonkeyPatch, *, deterministic: bool = True) -> Iterator[list[str]]:
-    """Public doors choose Triton whatever the device; fresh memory is NaN. Yields the names of kernels launched."""
+    """Public doors choose Triton whatever the device; fresh memory is NaN. Yields the names of kernels launched.
+
+    Not `deterministic`: kernels may add to shared sums in any order.
+    """
     launched: list[str] = []
     launch = triton_support.launch
 
@@ -40,8 +52,9 @@ def triton_chosen(monkeypatch: pytest.MonkeyPatch, *, deterministic: bool = True
     with monkeypatch.context() as patch:
         patch.setattr(triton_support, "takes", lambda *tensors: all(x is None or x.numel() for x in tensors))
         patch.setattr(triton_support, "launch", recording)
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            patch.setattr(owner, name, filled_with_nan(getattr(owner, name)))
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
         try:
             yield launched
         finally:

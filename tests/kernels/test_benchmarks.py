@@ -19,8 +19,13 @@ def gpu_plan() -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize("name", gpu_plan())
 def test_every_gpu_case_runs_forward_and_backward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, through the portable code; a peer that is not installed says so."""
+    """On a CPU, through the portable code; peers, which could not, say that they are not installed."""
+
+    def missing(module: str, name: str) -> None:
+        raise ImportError(module)
+
     monkeypatch.setattr(gpu_cases, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_cases, "_peer", missing)
     try:
         inputs, function = gpu_cases.CASES[name](**gpu_plan()[name])
     except ImportError:
@@ -38,6 +43,14 @@ def test_gpu_claims_and_table() -> None:
     assert {claim["claim"] for claim in claims} >= {what for what, *_ in kernels_gpu.CLAIMS}
     assert not any(claim["holds"] for claim in claims)
     assert len(table(rows, kernels_gpu.BASELINE).splitlines()) == len(rows) + 1
+
+
+def test_the_gpu_plan_names_every_case_and_keeps_within_its_budget() -> None:
+    plan = list(kernels_gpu.plan())
+    assert {name for _, name, _ in plan} == set(gpu_cases.CASES)
+    assert {group for group, _, _ in plan} == set(kernels_gpu.GROUPS)
+    assert sum(kernels_gpu.estimated_seconds(name, sizes) for _, name, sizes in plan) < kernels_gpu.BUDGET
+    assert kernels_gpu.BUDGET < 600
 
 
 def test_without_a_gpu_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

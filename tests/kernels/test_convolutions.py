@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longstride.kernels import long_convolution, short_convolution
 from longstride.kernels.long_convolution import portable as long_portable
@@ -118,6 +120,102 @@ def test_long_convolution_takes_each_document_by_itself(monkeypatch, block_eleme
     assert worst_error(partial(with_skip, long_convolution), slow, inputs) > 1e-3  # negative control
 
 
+def gated(function, u: Tensor, taps: Tensor, skip: Tensor, input_gate: Tensor, gate: Tensor, **options) -> Tensor:
+    return function(u, taps, skip=skip, input_gate=input_gate, gate=gate, **options)
+
+
+def gated_arguments(batch: int, length: int, channels: int, taps: int) -> list[Tensor]:
+    gates = [leaf(batch, length, channels, seed=seed) for seed in (4, 5)]
+    return [*long_arguments(batch, length, channels, taps), *gates]
+
+
+GATED = [((2, 101, 3, 101), ()), ((2, 90, 2, 40), ((0, 3), (0, 70), (1, 1))), ((1, 64, 2, 3), ((0, 9),))]
+
+
+@pytest.mark.parametrize("block_elements", [1, 1 << 19])
+@pytest.mark.parametrize(("shape", "starts"), GATED)
+def test_gates_before_and_behind(
+    monkeypatch, block_elements: int, shape: tuple[int, int, int, int], starts: tuple[tuple[int, int], ...]
+) -> None:
+    """Whole and in documents, by transforms and by Toeplitz products, together and each by itself."""
+    monkeypatch.setattr(long_portable, "_BLOCK_ELEMENTS", block_elements)
+    options = {"document_starts": start_mask(shape[0], shape[1], *starts) if starts else None}
+    inputs = gated_arguments(*shape)
+    assert_same(
+        partial(gated, long_convolution, **options), partial(gated, long_convolution_reference, **options), inputs
+    )
+    for name in ("input_gate", "gate"):
+
+        def one(function, u: Tensor, taps: Tensor, factor: Tensor, name: str) -> Tensor:
+            return function(u, taps, **{name: factor}, **options)
+
+        slow = partial(one, long_convolution_reference, name=name)
+        other = "gate" if name == "input_gate" else "input_gate"
+        assert_same(partial(one, long_convolution, name=name), slow, [*inputs[:2], inputs[3]])
+        assert worst_error(partial(one, long_convolution, name=other), slow, [*inputs[:2], inputs[3]]) > 0.1
+
+
+class Allocations(TorchDispatchMode):
+    """The memory of tensors with at least `elements`, by where it begins; kept, so that no other begins there later."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.seen = elements, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.nbytes() >= self.elements * tensor.element_size():
+                    self.seen[storage.data_ptr()] = storage
+        return result
+
+
+def large_tensors(function, inputs: list[Tensor]) -> int:
+    """How many tensors as large as the first input a forward and backward pass makes."""
+    grad_y = torch.ones_like(inputs[0])
+    with Allocations(inputs[0].numel()) as allocations:
+        y = function(*inputs)
+        grads = torch.autograd.grad(y, inputs, grad_y)
+    assert len(grads) == len(inputs)
+    return len(allocations.seen.keys() - {x.untyped_storage().data_ptr() for x in (*inputs, grad_y)})
+
+
+def test_what_gates_multiply_is_never_stored(monkeypatch) -> None:
+    monkeypatch.setattr(long_portable, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(long_portable, "_LEAST_ROWS", 1)
+    inputs = gated_arguments(1, 400, 16, 400)
+    # y and the gradients of u, the filter and both gates
+    assert large_tensors(partial(gated, long_convolution), inputs) == 5
+
+    def outside(u: Tensor, taps: Tensor, skip: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        return last * long_convolution(first * u, taps, skip=skip)
+
+    assert large_tensors(outside, inputs) == 9  # negative control: both products, and their gradients
+
+
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_four_million_tokens(backward: bool) -> None:
+    """A filter of three taps at lags up to three million, against shifted copies; the same lags of the gradient."""
+    length, lags, values = 1 << 22, (0, 5, 3_000_001), torch.tensor([[0.5, -1.5, 2.0], [1.0, 3.0, -2.5]])
+    generator = torch.Generator().manual_seed(3)
+    u, first, last, grad_y = (torch.randn(1, length, 2, generator=generator) for _ in range(4))
+    taps = torch.zeros(2, length)
+    taps[:, list(lags)] = values
+    shifted = [F.pad(u * first, (0, 0, lag, 0))[:, :length] for lag in lags]
+    expected = torch.stack([x * tap for x, tap in zip(shifted, values.t(), strict=True)]).sum(0)
+    inputs = [x.requires_grad_(backward) for x in (taps, last)]
+    y = long_convolution(u, taps, input_gate=first, gate=last)
+    assert relative_error(y, expected * last) < 1e-5
+    assert relative_error(y, expected * first) > 0.1  # negative control
+    if backward:
+        grad_taps, grad_last = torch.autograd.grad(y, inputs, grad_y)
+        assert relative_error(grad_last, expected * grad_y) < 1e-5
+        moments = torch.stack([(grad_y * last * x).double().sum((0, 1)) for x in shifted], 1)
+        assert relative_error(grad_taps[:, list(lags)], moments.detach()) < 1e-4
+
+
 def test_a_circular_convolution_would_not_pass() -> None:
     """Negative control: transforms of the plain length wrap the end around to the beginning."""
 
@@ -159,5 +257,7 @@ def test_fast_lengths() -> None:
 def test_long_convolution_names_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="filter has shape"):
         long_convolution(torch.zeros(1, 4, 2), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"input_gate has shape \(1, 3, 2\), expected \(1, 4, 2\)"):
+        long_convolution(torch.zeros(1, 4, 2), torch.zeros(2, 4), input_gate=torch.zeros(1, 3, 2))
     with pytest.raises(ValueError, match="skip has shape"):
         long_convolution(torch.zeros(1, 4, 2), torch.zeros(2, 4), skip=torch.zeros(3))

@@ -13,7 +13,7 @@ from longstride.kernels.long_convolution.reference import long_convolution_refer
 from longstride.kernels.short_convolution.reference import short_convolution_reference
 
 from .compare import assert_same, leaf, relative_error, start_mask, worst_error
-from .native import DEVICE, FLOAT32_BOUND, assert_close, needs_triton, triton_chosen
+from .native import DEVICE, NATIVE, assert_close, needs_triton, triton_chosen
 
 
 def with_halo(function, x: Tensor, weight: Tensor, bias: Tensor, halo: Tensor, **options) -> Tensor:
@@ -85,7 +85,8 @@ def test_strided_inputs_and_expanded_gradients() -> None:
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("length", "width", "starts"), [(40, 20, ()), (21, 36, ()), (40, 20, ((0, 3), (1, 17), (1, 18)))]
+    ("length", "width", "starts"),
+    [(40, 20, ()), (21, 36, ()), (40, 20, ((0, 3), (1, 17), (1, 18))), *([(3000, 128, ())] if NATIVE else [])],
 )
 def test_triton(
     length: int, width: int, starts: tuple[tuple[int, int], ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -96,13 +97,3 @@ def test_triton(
     with triton_chosen(monkeypatch) as launched:
         assert_close(fast, slow, arguments(2, length, 2, width), dtype)
     assert launched == ["band_kernel", "band_kernel", "band_taps_kernel"]
-
-
-@needs_triton
-def test_tokens_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    far = 1 << 30
-    x, weight = leaf(1, 4, 2).detach(), leaf(2, 20, seed=1).detach()
-    distant = torch.empty(3 * far + 2, device=DEVICE).as_strided((1, 4, 2), (4 * far, far, 1)).copy_(x)
-    with triton_chosen(monkeypatch):
-        y = short_convolution(distant, weight.float().to(DEVICE))
-    assert relative_error(y.cpu(), short_convolution_reference(x, weight)) < FLOAT32_BOUND

@@ -12,11 +12,16 @@ from longstride.kernels.rotary.reference import rotary_reference
 from longstride.kernels.short_convolution.reference import short_convolution_reference
 from longstride.kernels.swiglu.reference import swiglu_reference
 
-from .compare import leaf, relative_error, start_mask
-from .native import DEVICE, FLOAT32_BOUND, assert_close, errors, needs_triton, triton_chosen
+from .compare import leaf, start_mask
+from .native import DEVICE, NATIVE, assert_close, errors, needs_triton, triton_chosen
 
 pytestmark = needs_triton
 DTYPES = [torch.float32, torch.bfloat16]
+CONVOLUTIONS = [(1, 1, 1), (21, 18, 4), (2, 3, 7), (16, 5, 2), (11, 2, 12)]  # length, channels, width
+NORMS, UNITS = [((1, 3), 1), ((2, 5, 12), 1), ((7, 12), 4), ((3, 33), 3)], [(1, 1), (3, 21), (2, 2, 16)]
+if NATIVE:
+    CONVOLUTIONS += [(3000, 300, 4), (700, 130, 15)]
+    NORMS, UNITS = [*NORMS, ((1000, 4096), 8), ((300, 5000), 1)], [*UNITS, (1000, 4096)]
 
 
 def convolve(function, x: Tensor, weight: Tensor, bias: Tensor, halo: Tensor, **options) -> Tensor:
@@ -25,7 +30,7 @@ def convolve(function, x: Tensor, weight: Tensor, bias: Tensor, halo: Tensor, **
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize(("length", "channels", "width"), [(1, 1, 1), (21, 18, 4), (2, 3, 7), (16, 5, 2), (11, 2, 12)])
+@pytest.mark.parametrize(("length", "channels", "width"), CONVOLUTIONS)
 def test_short_convolution(
     length: int,
     channels: int,
@@ -71,7 +76,7 @@ def test_short_convolution_of_a_slice_without_bias(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("shape", "groups"), [((1, 3), 1), ((2, 5, 12), 1), ((7, 12), 4), ((3, 33), 3)])
+@pytest.mark.parametrize(("shape", "groups"), NORMS)
 def test_rms_norm(
     shape: tuple[int, ...], groups: int, gated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +107,7 @@ def test_rotary(style: str, batched: bool, dtype: torch.dtype, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 21), (2, 2, 16)])
+@pytest.mark.parametrize("shape", UNITS)
 def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     def halves(function, both: Tensor) -> Tensor:
         return function(*both.chunk(2, -1))
@@ -111,31 +116,3 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.
     with triton_chosen(monkeypatch) as launched:
         assert_close(partial(halves, swiglu), partial(halves, swiglu_reference), inputs, dtype)
     assert launched == ["swiglu_kernel", "swiglu_gradient_kernel"]
-
-
-def far_apart(x: Tensor) -> Tensor:
-    """The rows of x (R, ...) a billion elements from each other: 32-bit offsets would wrap; few pages exist."""
-    far = 1 << 30
-    storage = torch.empty((x.shape[0] - 1) * far + x[0].numel(), device=DEVICE)
-    return storage.as_strided(x.shape, (far, *x[0].contiguous().stride())).copy_(x)
-
-
-def test_rows_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = leaf(4, 6).detach()
-    weight, gate, taps = leaf(6).detach(), leaf(4, 6, seed=1).detach(), leaf(6, 3, seed=2).detach()
-    far = far_apart(x)
-    with triton_chosen(monkeypatch):
-        results = [
-            rms_norm(far, weight.to(far), gate=gate.to(far)),
-            swiglu(far, gate.to(far)),
-            short_convolution(far[None], taps.to(far))[0],
-            rotary(far.view(1, 4, 1, 6), torch.arange(4, device=DEVICE))[0, :, 0],
-        ]
-    expected = [
-        rms_norm_reference(x, weight, gate=gate),
-        swiglu_reference(x, gate),
-        short_convolution_reference(x[None], taps)[0],
-        rotary_reference(x.view(1, 4, 1, 6), torch.arange(4))[0, :, 0],
-    ]
-    for value, want in zip(results, expected, strict=True):
-        assert relative_error(value.cpu(), want) < FLOAT32_BOUND

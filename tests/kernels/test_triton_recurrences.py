@@ -10,7 +10,7 @@ from longstride.kernels.wkv4.reference import wkv4_reference
 from longstride.kernels.wkv7 import wkv7
 from longstride.kernels.wkv7.reference import wkv7_reference
 
-from .compare import relative_error, start_mask
+from .compare import start_mask
 from .native import DEVICE, FLOAT32_BOUND, NATIVE, assert_close, errors, needs_triton, triton_chosen
 from .test_wkv4 import arguments as arguments4
 from .test_wkv4 import full as full4
@@ -23,9 +23,15 @@ pytestmark = needs_triton
 @pytest.mark.parametrize("keys", [2.0, 30.0])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 11, 3), (1, 8, 20), *([(2, 1000, 100)] if NATIVE else [])])
 def test_wkv4_equals_the_step_loop(shape: tuple[int, int, int], keys: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys of any size: numerator and denominator share an exponent."""
+    """Keys of any size: numerator and denominator share an exponent, which single precision rounds at every token.
+
+    Over a thousand tokens the step loop in single precision is off by more than FLOAT32_BOUND itself.
+    """
+    fast, slow, inputs = partial(full4, wkv4), partial(full4, wkv4_reference), arguments4(*shape, keys=keys)
     with triton_chosen(monkeypatch) as launched:
-        assert_close(partial(full4, wkv4), partial(full4, wkv4_reference), arguments4(*shape, keys=keys))
+        found = errors(fast, slow, inputs, torch.float32)
+    loop = errors(slow, slow, inputs, torch.float32)
+    assert all(error < max(FLOAT32_BOUND, 3 * alike) for error, alike in zip(found, loop, strict=True)), (found, loop)
     assert launched == ["wkv4_kernel", "wkv4_gradient_kernel"]
 
 
@@ -39,9 +45,12 @@ def test_wkv4_documents(rows: int, positions: tuple[int, ...], monkeypatch: pyte
         assert max(errors(partial(full4, wkv4), slow, inputs, torch.float32)) > 1e-3  # negative control
 
 
-def test_wkv4_from_nothing_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(1, 9, 3), *([(2, 1000, 100)] if NATIVE else [])])
+def test_wkv4_in_bfloat16(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, states and all gradients; then outputs from nothing."""
     with triton_chosen(monkeypatch):
-        assert_close(lambda *x: wkv4(*x)[0], lambda *x: wkv4_reference(*x)[0], arguments4(1, 9, 3)[:4], torch.bfloat16)
+        assert_close(partial(full4, wkv4), partial(full4, wkv4_reference), arguments4(*shape), torch.bfloat16)
+        assert_close(lambda *x: wkv4(*x)[0], lambda *x: wkv4_reference(*x)[0], arguments4(*shape)[:4], torch.bfloat16)
     assert EMPTY[2] > torch.finfo(torch.float32).min
 
 
@@ -63,13 +72,3 @@ def test_wkv7_documents(rows: int, positions: tuple[int, ...], monkeypatch: pyte
     with triton_chosen(monkeypatch):
         assert_close(partial(full7, wkv7, document_starts=starts.to(DEVICE)), slow, inputs)
         assert max(errors(partial(full7, wkv7), slow, inputs, torch.float32)) > 1e-3  # negative control
-
-
-def test_wkv4_tokens_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    far = 1 << 30
-    k, v, log_decay, bonus = (x.detach() for x in arguments4(1, 4, 3)[:4])
-    storage = torch.empty(3 * far + 3, device=DEVICE)
-    distant = storage.as_strided((1, 4, 3), (4 * far, far, 1)).copy_(k)
-    with triton_chosen(monkeypatch):
-        y, _ = wkv4(distant, *(x.float().to(DEVICE) for x in (v, log_decay, bonus)))
-    assert relative_error(y.cpu(), wkv4_reference(k, v, log_decay, bonus)[0]) < FLOAT32_BOUND
