@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -21,14 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .agreement import CommunicationError, timeout_of, verify_exchange
 from .groups import Group, VirtualGroup, group_rank, group_size
 from .shard import SequenceShard
 
 Result = TypeVar("Result")
-
-
-class CommunicationError(RuntimeError):
-    """A peer died, hung beyond the process group's timeout, or broke the connection."""
 
 
 @dataclass
@@ -48,12 +44,24 @@ class Pending(Generic[Result]):
                 with self.shard.ledger.waiting(self.motion, self.shard.layer):
                     self.work.wait()
             except RuntimeError as error:
-                waited = time.perf_counter() - begun
-                raise CommunicationError(
-                    f"{self.motion} in layer {self.shard.layer or '?'}: rank {self.shard.rank} of {self.shard.size} "
-                    f"lost its peers after waiting {waited:.1f} s: {str(error).splitlines()[0]}"
-                ) from error
+                raise _lost(self.shard, self.motion, time.perf_counter() - begun, error) from error
         return self.finish()
+
+
+def _lost(shard: SequenceShard, motion: str, waited: float, error: RuntimeError) -> CommunicationError:
+    limit = timeout_of(shard.group if shard.group is not None else shard.expert_group)
+    return CommunicationError(
+        f"{motion} in layer {shard.layer or '?'}: rank {shard.rank} of {shard.size} lost its peers after waiting "
+        f"{waited:.1f} s (a message may take {limit}): {str(error).splitlines()[0]}"
+    )
+
+
+def _begun(start: Callable[[], dist.Work | None], shard: SequenceShard, motion: str) -> dist.Work | None:
+    """A message set going; one to a process that is known to be dead fails here already."""
+    try:
+        return start()
+    except RuntimeError as error:
+        raise _lost(shard, motion, 0.0, error) from error
 
 
 def exchange(
@@ -127,7 +135,11 @@ def _exchange_flat(
     if shard.checked:
         verify_exchange(group, outgoing.dtype, send_sizes, receive_sizes, motion)
     incoming = outgoing.new_empty(sum(receive_sizes))
-    work = dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes, group=group, async_op=True)
+    work = _begun(
+        lambda: dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes, group=group, async_op=True),
+        shard,
+        motion,
+    )
 
     def finish() -> Tensor:
         assert outgoing is not None  # kept alive until the message has left
@@ -159,49 +171,19 @@ def gather(x: Tensor, shard: SequenceShard, motion: str) -> Pending[Tensor]:
         verify_exchange(shard.group, x.dtype, sizes, sizes, motion)
     source = x.reshape(-1)
     gathered = source.new_empty(shard.size * source.numel())
-    work = dist.all_gather_single(gathered, source, group=shard.group, async_op=True)
+    group = shard.group
+    work = _begun(lambda: dist.all_gather_single(gathered, source, group=group, async_op=True), shard, motion)
     return Pending(work, lambda: gathered.view(shard.size, *x.shape), shard, motion)
 
 
-def verify_exchange(
-    group: dist.ProcessGroup, dtype: torch.dtype, send_sizes: list[int], receive_sizes: list[int], motion: str
-) -> None:
-    """Compare what every process is about to send with what its peers expect.
-
-    Raises:
-        ValueError: the same one on every process, naming the first pair that disagrees. Without this check such a
-            mistake ends in a hang or in garbage.
-    """
-    size = dist.get_world_size(group)
-    mine = torch.tensor([zlib.crc32(motion.encode()), _DTYPES.index(dtype), *send_sizes, *receive_sizes])
-    rows = [torch.empty_like(mine) for _ in range(size)]
-    dist.all_gather(rows, mine, group=group)
-    table = [row.tolist() for row in rows]
-    for sender in range(size):
-        for receiver in range(size):
-            sent, expected = table[sender][2 + receiver], table[receiver][2 + size + sender]
-            kinds = _DTYPES[table[sender][1]], _DTYPES[table[receiver][1]]
-            if table[sender][0] != table[receiver][0]:
-                raise ValueError(f"{motion}: rank {sender} and rank {receiver} are in different motions")
-            if sent != expected or kinds[0] != kinds[1]:
-                raise ValueError(
-                    f"{motion}: rank {sender} sends {sent} numbers of {kinds[0]} to rank {receiver}, which expects "
-                    f"{expected} of {kinds[1]}: give every rank the same length, bounds, documents and dtype"
-                )
-
-
-_DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-    torch.complex64,
-    torch.complex128,
-    torch.int64,
-    torch.int32,
-    torch.uint8,
-    torch.bool,
-]
+def verify_chain(like: Tensor, shard: SequenceShard, motion: str, *, reverse: bool = False) -> None:
+    """Where shards are checked: that every process will send a tensor shaped like `like` to the next, and expects one
+    of the same size from the one before. Every process calls this; it is for `send_to` and `receive_from`."""
+    if not shard.checked or not isinstance(shard.group, dist.ProcessGroup):
+        return
+    step, numbers = -1 if reverse else 1, like.numel() * (2 if like.is_complex() else 1)
+    sizes = [[numbers if rank == shard.rank + way else 0 for rank in range(shard.size)] for way in (step, -step)]
+    verify_exchange(shard.group, like.real.dtype if like.is_complex() else like.dtype, sizes[0], sizes[1], motion)
 
 
 def send_to(peer: int, x: Tensor, shard: SequenceShard, motion: str) -> Pending[Tensor]:
@@ -212,7 +194,8 @@ def send_to(peer: int, x: Tensor, shard: SequenceShard, motion: str) -> Pending[
     if isinstance(shard.group, VirtualGroup):
         shard.group.send(peer, flat)
         return Pending(None, lambda: flat, shard, motion)
-    work = dist.isend(flat, group=shard.group, group_dst=peer)
+    group = shard.group
+    work = _begun(lambda: dist.isend(flat, group=group, group_dst=peer), shard, motion)
     # the buffer must live until the message has left
     return Pending(work, lambda: flat, shard, motion)
 
@@ -229,7 +212,8 @@ def receive_from(peer: int, like: Tensor, shard: SequenceShard, motion: str) -> 
     if isinstance(shard.group, VirtualGroup):
         buffer = shard.group.receive(peer, buffer)
         return Pending(None, arrived, shard, motion)
-    work = dist.irecv(buffer, group=shard.group, group_src=peer)
+    group = shard.group
+    work = _begun(lambda: dist.irecv(buffer, group=group, group_src=peer), shard, motion)
     return Pending(work, arrived, shard, motion)
 
 
@@ -243,5 +227,5 @@ def all_reduce(x: Tensor, group: Group | None, shard: SequenceShard, motion: str
     total = x.detach().clone(memory_format=torch.contiguous_format)
     bytes_moved = total.numel() * total.element_size()
     shard.ledger.record(motion, shard.layer, sent=bytes_moved, received=bytes_moved)
-    work = dist.all_reduce(total, group=group, async_op=True)
+    work = _begun(lambda: dist.all_reduce(total, group=group, async_op=True), shard, motion)
     return Pending(work, lambda: total, shard, motion).wait()

@@ -78,13 +78,23 @@ class SharedFilter:
 
 
 def convolve(
-    u_BTD: Tensor, filter: Filter, shard: SequenceShard, *, skip: Tensor | None = None, form: str | None = None
+    u_BTD: Tensor,
+    filter: Filter,
+    shard: SequenceShard,
+    *,
+    skip: Tensor | None = None,
+    input_gate: Tensor | None = None,
+    gate: Tensor | None = None,
+    form: str | None = None,
 ) -> Tensor:
-    """y_t = sum over s <= t of filter(t - s) u_s + skip u_t, per channel, within each document: (B, T, D).
+    """y_t = gate_t (sum over s <= t of filter(t - s) v_s + skip v_t), v = input_gate u, in each document: (B, T, D).
 
     Args:
-        u_BTD: this shard's input; already gated, so that one tensor travels in and one out.
+        u_BTD: this shard's input.
         skip: (D,) the direct term.
+        input_gate, gate: (B, T, D), ones by default. Multiplied here, so that one tensor travels in and one out; for a
+            whole sequence and a filter without end the input's inside the convolution, a block of channels at a time
+            (the output's would have the backward convolve once more, a quarter of its time).
         form: how it travels; by default what the shard asks for, "auto" choosing the fewest bytes (modal filters and
             short finite ones have one form of their own and keep it, whatever the shard asks for).
             "channels": to a split along channels (all-to-all), by FFT at full length there, and back;
@@ -98,7 +108,12 @@ def convolve(
     Raises:
         ValueError: an unknown form, or one that needs another kind of filter.
     """
-    return begin_convolve(u_BTD, filter, shard, skip=skip, form=form)()
+    if shard.size == 1 and form in (None, "auto") and not isinstance(filter, FiniteFilter | ModalFilter):
+        y_BTD = _whole(u_BTD, filter, shard, skip, input_gate)
+    else:
+        v_BTD = u_BTD if input_gate is None else input_gate * u_BTD
+        y_BTD = begin_convolve(v_BTD, filter, shard, skip=skip, form=form)()
+    return y_BTD if gate is None else gate * y_BTD
 
 
 def begin_convolve(
@@ -146,6 +161,15 @@ def _begin_by_state(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: T
         return y_BTD + modal_readout(pending.wait(), poles_DN, residues_DN, length, document_starts=starts_BT)
 
     return finish
+
+
+def _whole(
+    u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tensor | None, input_gate: Tensor | None
+) -> Tensor:
+    """Nothing travels: one process has the sequence."""
+    taps_DL = filter(torch.arange(shard.length, device=u_BTD.device), slice(0, u_BTD.shape[-1]))
+    starts_BT = shard.start_mask(u_BTD.device)
+    return long_convolution(u_BTD, taps_DL, skip=skip, input_gate=input_gate, document_starts=starts_BT)
 
 
 def _by_channels(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tensor | None) -> Tensor:

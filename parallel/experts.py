@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from ..kernels import permute
 from .collectives import exchange_in, exchange_rows
 from .groups import group_size
 from .shard import SequenceShard
@@ -43,12 +44,11 @@ def run_experts(
     Bytes per process: its tokens x J x D that leave for experts elsewhere, each way, and the counts.
 
     Raises:
-        ValueError: the number of experts is not divisible by the size of the expert group.
+        ValueError: the number of experts is not divisible by the size of the expert group or, on the CPU, a token
+            chose an expert that is not there.
     """
     num_tokens, choices = expert_index_NJ.shape
-    flat_expert = expert_index_NJ.reshape(-1)
-    order = torch.argsort(flat_expert, stable=True)
-    counts_E = torch.bincount(flat_expert, minlength=num_experts)
+    order, counts_E = permute(expert_index_NJ, num_experts)
     rows_MD = x_ND.index_select(0, order // choices)
     group = shard.expert_group
     size = group_size(group)

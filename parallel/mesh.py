@@ -118,6 +118,7 @@ class Mesh:
         self.device = device
         self.strategies = strategies or Strategies()
         self.node_size = node_size
+        self._lengths: set[int] = set()
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         shape = (replicate, data, sequence)
@@ -170,9 +171,20 @@ class Mesh:
         return self._experts["replicate", "shard"] if self.degrees.replicate > 1 else self._experts["shard"]
 
     def shard(
-        self, length: int, document_starts: object = None, ledger: CommunicationLedger | None = None
+        self,
+        length: int,
+        document_starts: object = None,
+        ledger: CommunicationLedger | None = None,
+        *,
+        checked: bool | None = None,
     ) -> SequenceShard:
-        """This process's part of sequences of `length` tokens."""
+        """This process's part of sequences of `length` tokens.
+
+        `checked`: whether what the processes of the sequence have is compared, and every message of the shard (see
+        `SequenceShard`); by default for the first shard of each length.
+        """
+        first = length not in self._lengths
+        self._lengths.add(length)
         return SequenceShard.split(
             length,
             self.sequence_group,
@@ -182,6 +194,7 @@ class Mesh:
             ledger=ledger,
             strategies=self.strategies,
             node_size=min(self.node_size, self.sequence_size) if self.node_size else None,
+            checked=first if checked is None else checked,
         )
 
 

@@ -84,9 +84,10 @@ class _Flight:
 
     def begin_forward(self, transition: Transition, state: Tensor) -> None:
         """Send this shard's segment on its way, left to right."""
-        self.transition = transition
-        self._dtype = state.dtype
-        self._own = state.to(torch.promote_types(state.dtype, torch.float32))
+        # sums of steps are composed on the way: they too in float32 or better
+        self.transition = transition.with_inputs(tuple(_at_least_float32(x) for x in transition.inputs()))
+        self._dtype, self._input_dtypes = state.dtype, [x.dtype for x in transition.inputs()]
+        self._own = _at_least_float32(state)
         self._send(self._own, reverse=False)
 
     def land_forward(self) -> Tensor:
@@ -114,6 +115,7 @@ class _Flight:
                 if transition.reset is not None:
                     gradient = gradient.masked_fill(_expand(transition.reset, gradient), 0)
                 grads = torch.autograd.grad(moved, inputs, gradient)
+        grads = tuple(grad.to(dtype) for grad, dtype in zip(grads, self._input_dtypes, strict=True))
         return self.transition.gradient_of_own(arrived, self._own).to(self._dtype), grads
 
     def _send(self, state: Tensor, *, reverse: bool) -> None:
@@ -126,6 +128,10 @@ class _Flight:
         name = choose_strategy(self.strategy, segment, self.shard)
         motion = "prefix_state.backward" if reverse else "prefix_state.forward"
         self._land = STRATEGIES[name](segment, self.shard, reverse, motion)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _expand(mask_B: Tensor, like: Tensor) -> Tensor:

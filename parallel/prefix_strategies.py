@@ -21,7 +21,7 @@ from math import ceil, log2
 import torch
 from torch import Tensor
 
-from .collectives import exchange, gather, receive_from, send_to
+from .collectives import exchange, gather, receive_from, send_to, verify_chain
 from .shard import SequenceShard, even_bounds
 from .transitions import Transition
 
@@ -169,6 +169,7 @@ def logarithmic(segment: Segment, shard: SequenceShard, reverse: bool, motion: s
 def pipelined(segment: Segment, shard: SequenceShard, reverse: bool, motion: str) -> Landing:
     """Along the chain, slice by slice: each process adds its own map and passes the state on. Only states travel."""
     before, behind = (shard.rank + 1, shard.rank - 1) if reverse else (shard.rank - 1, shard.rank + 1)
+    verify_chain(segment.state, shard, motion, reverse=reverse)
     slices = segment.slices(PIPELINE_SLICES)
     is_first, is_last = not 0 <= before < shard.size, not 0 <= behind < shard.size
     incoming = [] if is_first else [receive_from(before, part.state, shard, motion) for part in slices]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .collectives import receive_from, send_to
+from .collectives import receive_from, send_to, verify_chain
 from .shard import SequenceShard
 
 Recurrence = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -31,6 +31,7 @@ def sequential_state(recurrence: Recurrence, initial: Tensor, shard: SequenceSha
     """
     if shard.size == 1:
         return recurrence(initial)
+    verify_chain(initial, shard, "sequential_state.forward")
     # every process takes part in the backward pass, whatever of its own tensors asks for gradients
     anchor = initial.new_zeros(()).requires_grad_(torch.is_grad_enabled())
     entering = _Receive.apply(initial, anchor, shard)

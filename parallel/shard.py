@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .groups import Group, group_rank, group_size
+from .agreement import DocumentStarts, Geometry, agreed
+from .groups import Group, VirtualGroup, group_rank, group_size
 from .ledger import CommunicationLedger
-
-DocumentStarts = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,9 @@ class SequenceShard:
         strategies: how each motion travels.
         link: what cost models assume of the network.
         node_size: neighbouring ranks on one machine; None when all are.
-        checked: every message is first compared with what its receivers expect, so that mismatched shards, dtypes or
-            documents raise one error on every rank instead of hanging; a small collective per message.
+        checked: length, bounds and documents were compared over the group, and every message is first compared with
+            what its receivers expect, so that mismatched ranks raise one error on every rank instead of hanging; a
+            small collective per message.
     """
 
     bounds: tuple[int, ...]
@@ -118,20 +118,32 @@ class SequenceShard:
             document_starts: see `parse_document_starts`.
             bounds: P + 1 offsets for shards of chosen sizes; by default sizes differ by at most one token.
             token_group: defaults to `group`.
+            checked: see the class. The first step of a run is (`Mesh.shard`).
 
         Raises:
-            ValueError: fewer tokens than processes, or bounds that do not ascend from 0 to `length`.
+            ValueError: fewer tokens than processes, bounds that do not ascend from 0 to `length`, a process that is
+                not in the group; where checked, on every process if on one.
         """
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
+        if not isinstance(group, dist.ProcessGroup | VirtualGroup | None):
+            raise ValueError("this process is not in the sequence group: only the group's members have a shard")
         size, rank = group_size(group), group_rank(group)
-        offsets = even_bounds(length, size) if bounds is None else tuple(int(b) for b in bounds)
-        check_bounds(offsets, length, size)
+
+        def geometry() -> Geometry:
+            offsets = even_bounds(length, size) if bounds is None else tuple(int(b) for b in bounds)
+            check_bounds(offsets, length, size)
+            return offsets, parse_document_starts(document_starts, length)
+
+        if checked and size > 1 and isinstance(group, dist.ProcessGroup):
+            offsets, documents = agreed(group, length, geometry)
+        else:
+            offsets, documents = geometry()
         return cls(
             bounds=offsets,
             rank=rank,
             group=group if size > 1 else None,
-            document_starts=parse_document_starts(document_starts, length),
+            document_starts=documents,
             token_group=token_group if token_group is not None else group,
             expert_group=expert_group,
             ledger=ledger if ledger is not None else CommunicationLedger(),

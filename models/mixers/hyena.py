@@ -149,7 +149,19 @@ class Hyena(Mixer):
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
         streams_BTM = self.in_proj(x_BTD)
         before_BWM = projected_halo(self.in_proj, x_BTD, self.conv_weight.shape[1] - 1, shard)
-        return self.mix(streams_BTM, before_BWM, shard)[0]
+        self.check_length(shard.length)
+        *gates, v_BTD = self.streams(streams_BTM, before_BWM, shard)
+        input_gate = gates.pop()
+        for convolution in range(self.order - 1):  # the gate behind one convolution is the one before the next
+            v_BTD = convolve(
+                v_BTD,
+                self.taps(convolution),
+                shard,
+                skip=self.skip[convolution],
+                input_gate=None if convolution else input_gate,
+                gate=gates.pop(),
+            )
+        return self.out_proj(v_BTD.to(streams_BTM.dtype))
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         streams_BTM, past_BSND = self.in_proj(x_BTD), state["history"]
@@ -164,28 +176,32 @@ class Hyena(Mixer):
             "taps": torch.stack(taps).unsqueeze(0),
         }
 
-    def mix(
-        self, streams_BTM: Tensor, before_BWM: Tensor, shard: SequenceShard, past_BSND: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The outputs, and the inputs (B, T, D) of each long convolution.
-
-        `past_BSND`: those inputs at the tokens before the sequence, where there are any.
-        """
-        past = 0 if past_BSND is None else past_BSND.shape[1]
-        self.check_length(past + shard.length)
-        dtype, inputs = streams_BTM.dtype, []
+    def streams(self, projected_BTM: Tensor, before_BWM: Tensor, shard: SequenceShard) -> tuple[Tensor, ...]:
+        """The gates x_0, ..., x_{N-1} and v, each (B, T, D)."""
         streams_BTM = short_convolution(
-            streams_BTM,
+            projected_BTM,
             self.conv_weight,
             self.conv_bias,
             halo=before_BWM,
-            document_starts=shard.start_mask(streams_BTM.device),
+            document_starts=shard.start_mask(projected_BTM.device),
         )
-        *gates, v_BTD = streams_BTM.split(self.width, dim=-1)
+        return streams_BTM.split(self.width, dim=-1)
+
+    def mix(
+        self, streams_BTM: Tensor, before_BWM: Tensor, shard: SequenceShard, past_BSND: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The outputs, and the inputs (B, T, D) of each long convolution.
+
+        `past_BSND`: those inputs at the tokens before the sequence, S of them or none.
+        """
+        past = past_BSND.shape[1]
+        self.check_length(past + shard.length)
+        dtype, inputs = streams_BTM.dtype, []
+        *gates, v_BTD = self.streams(streams_BTM, before_BWM, shard)
         for convolution in range(self.order - 1):
             inputs.append(gates.pop() * v_BTD)
             taps, skip_D = self.taps(convolution), self.skip[convolution]
-            if past_BSND is None or not past:
+            if not past:
                 v_BTD = convolve(inputs[-1], taps, shard, skip=skip_D)
                 continue
             seen_BSD = torch.cat([past_BSND[:, :, convolution], tokens_so_far(inputs[-1], shard)], dim=1)

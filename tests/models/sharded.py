@@ -17,6 +17,7 @@ from tests.distributed import run_ranks
 from .cases import difference
 
 VOCABULARY, LENGTH, DOCUMENTS = 48, 22, [5, 11, 14]
+TOLERANCE = 1e-12
 Change = Callable[[LanguageModel], None]
 
 
@@ -71,15 +72,16 @@ def sharded_results(
 
 
 def check_sharded_equals_whole(
-    config: dict[str, Any], degrees: dict[str, int], *, recompute: bool, moved: bool = False, tolerance: float = 1e-11
+    config: dict[str, Any], degrees: dict[str, int], *, recompute: bool, moved: bool = False
 ) -> None:
-    """The same losses to 1e-12, and gradients and buffers within `tolerance`, on every process."""
+    """The same losses, gradients and buffers on every process."""
     whole = whole_results(config, moved=moved)
     world_size = degrees.get("data", 1) * degrees.get("sequence", 1)
     for found in run_ranks(sharded_results, world_size, {**config, "recompute": recompute}, degrees, moved):
         assert found.keys() == whole.keys()
         for name, tensor in whole.items():
-            assert difference(found[name], tensor) < (1e-12 if name == "losses" else tolerance), name
+            error = difference(found[name], tensor)
+            assert error < TOLERANCE, f"{name} differs by {error:.1e}"
 
 
 def _moved(init: Initialiser) -> Initialiser:

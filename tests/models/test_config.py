@@ -22,6 +22,7 @@ GOOD: dict[str, Any] = {"vocab_size": 256, "width": 16, "layers": "[mamba, atten
         ({"moe": {"zzzzzz": 8}}, "unknown key 'moe.zzzzzz'; known here are balance, balance_loss, bias_speed, experts"),
         ({"width": "wide"}, "width: input should be a valid integer, unable to parse string as an integer, not 'wide'"),
         ({"width": 0}, "width: input should be greater than or equal to 1, not 0"),
+        ({"embedding_dropout": 1}, "embedding_dropout: input should be less than 1, not 1"),
         ({"mlp": {"kind": "relu"}}, "mlp.kind: input should be 'swiglu', 'geglu', 'bilinear' or 'gelu', not 'relu'"),
         ({"moe": {"experts": 2, "top_k": 3}}, "moe.top_k 3 exceeds moe.experts 2"),
         ({"layers": "[mamba, atention]"}, "unknown mixer 'atention'; did you mean 'attention'?"),

@@ -6,20 +6,22 @@ long. A layer that has a product there waits for nothing, forward and backward; 
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longstride.parallel import SequenceShard, Strategies, collectives
+from longstride.parallel import SequenceShard, Strategies, causal_attention, collectives, ring
 from tests.distributed import run_ranks
 
 from .cases import WIDTH, make_mixer, numbers
 
 DELAY, LENGTH = 0.2, 32
-OVERLAPPED = ["mamba", "conba", "mamba2", "retnet", "h3"]
+OVERLAPPED = ["mamba", "conba", "mamba2", "retnet", "h3", "s4"]
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 Waits = dict[tuple[str, bool], list[float]]
 
@@ -77,6 +79,36 @@ def test_nobody_waits_for_a_state_that_travels_meanwhile() -> None:
             assert max(found[name, True]) < 0.5 * DELAY, name
 
 
-def test_negative_control_linear_attention_has_nothing_else_to_do() -> None:
+def test_negative_control_linear_attention_waits() -> None:
+    """One kernel gives its local outputs and its state: when the state leaves, nothing is left to compute."""
     for found in run_ranks(waits, 2, ["linear_attention"]):
         assert found["linear_attention", True][0] > 0.9 * DELAY
+
+
+def ring_events(rank: int, world: int) -> tuple[str, str]:
+    """What a process of a ring does, in order: s sends keys, a attends with keys, forward and backward."""
+    events: list[str] = []
+
+    def told(letter: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def telling(*args: Any) -> Any:
+            events.append(letter)
+            return function(*args)
+
+        return telling
+
+    ring.Ring.pass_on = told("s", ring.Ring.pass_on)
+    ring.attend_, ring._accumulate = told("a", ring.attend_), told("a", ring._accumulate)
+    shard = SequenceShard.split(LENGTH, dist.group.WORLD)
+    q, k, v = (numbers(x, 1, shard.local_length, 2, 4).requires_grad_() for x in "qkv")
+    out = causal_attention(q, k, v, shard, strategy="ring")
+    forward = "".join(events)
+    events.clear()
+    out.sum().backward()
+    return forward, "".join(events)
+
+
+def test_a_ring_sends_before_it_attends() -> None:
+    for forward, backward in run_ranks(ring_events, 3):
+        assert re.fullmatch("sa+sa+a+", forward), forward
+        # gradients of the keys travel behind them: after each step, and once more to get home
+        assert backward == "sas" + "sas" + "as"

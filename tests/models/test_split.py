@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longstride.models.mixers import hyena, mamba
-from longstride.parallel import PendingState, SequenceShard
+from longstride.parallel import CommunicationLedger, SequenceShard, Strategies
 from tests.distributed import run_ranks
 
 from .cases import MIXER_CASES, MODEL_CASES, SMALL, WIDTH, difference, make_mixer, make_model, numbers
@@ -105,6 +104,19 @@ def all_results(rank: int, world_size: int, kind: str, names: list[str], splits:
     return results
 
 
+FORMS = [
+    Strategies(prefix="logarithmic", attention="ring", convolution="length"),
+    Strategies(prefix="pipelined", attention="grid", convolution="length"),
+    Strategies(prefix="hierarchical", attention="gather", convolution="channels"),
+]
+
+
+def changed_by_forms(ledger: CommunicationLedger) -> bool:
+    """Whether a layer that made these motions would make others in another form."""
+    motions = {motion.split(".")[0] for motion in ledger.by_motion()}
+    return bool(motions & {"prefix_state", "heads", "ring", "relayout", "reshard", "convolve"})
+
+
 def assembled(parts: list[Result]) -> Result:
     """Local values end to end, replicated ones checked, gradients added up."""
     whole: Result = {}
@@ -151,35 +163,6 @@ def test_shards_that_do_not_speak_differ(name: str) -> None:
         parts.append(mixer(x_BTD, SequenceShard.whole(stop - start)))
     whole_BTD = expected_result("mixer", name, split)["local output"]
     assert difference(torch.cat(parts, dim=1), whole_BTD) > 1e-3
-
-
-def forgetful_results(rank: int, world_size: int, fault: str, split: Split) -> dict[str, Result]:
-    """Mixers with one motion taken out."""
-    if fault == "halo":
-        for module in (mamba, hyena):
-            module.halo = lambda x, width, shard: x.new_zeros(x.shape[0], width, *x.shape[2:])  # type: ignore[assignment]
-    elif fault == "prefix_state":
-        mamba.begin_prefix_state = lambda transition, state, shard: PendingState(None, torch.zeros_like(state))  # type: ignore[assignment]
-    elif fault == "reset":
-        kept = mamba.PerChannel
-        mamba.PerChannel = lambda rate, steps, reset: kept(rate, steps, None)  # type: ignore[assignment,misc]
-    elif fault == "decay":
-        right = mamba.PerChannel
-        mamba.PerChannel = lambda rate, steps, reset: right(rate, 0 * steps, reset)  # type: ignore[assignment,misc]
-    shard = split.shard(dist.group.WORLD)
-    names = ["mamba", "hyena"] if fault == "halo" else ["mamba"]
-    return {name: mixer_result(name, split, shard) for name in names}
-
-
-@pytest.mark.parametrize("fault", ["halo", "prefix_state", "reset", "decay"])
-def test_a_missing_motion_is_noticed(fault: str) -> None:
-    # the reset matters where a document begins in the middle of three shards and the state would pass through, the
-    # decay where none does
-    split = Split((0, 8, 16, 24), None if fault == "decay" else [12])
-    by_rank = run_ranks(forgetful_results, 3, fault, split)
-    for name in by_rank[0]:
-        error, _ = worst(assembled([part[name] for part in by_rank]), expected_result("mixer", name, split))
-        assert error > 1e-6, f"{name} without its {fault} went unnoticed"
 
 
 def spread_results(rank: int, world_size: int, names: list[str], split: Split) -> dict[str, Result]:

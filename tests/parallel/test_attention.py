@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from longstride.parallel import SequenceShard, causal_attention
-from longstride.parallel.layout import balanced, pairs_of
+from longstride.parallel.layout import Layout, balanced, pairs_before
+from longstride.parallel.ring import Ring
+from longstride.parallel.shard import even_bounds
 from tests.distributed import run_ranks
 from tests.parallel.oracles import gathered, local, normal, relative_error
 
@@ -79,10 +84,15 @@ def test_equals_dense(world: int) -> None:
             assert relative_error(gathered(r[1][i] for r in results), true_grad) < 1e-12, case
 
 
+def split_by_each(
+    rank: int, world: int, heads: tuple[int, int], strategies: list[str], length: int
+) -> list[tuple[Tensor, list[Tensor], dict[str, int]]]:
+    return [split(rank, world, length, *heads, None, strategy) for strategy in strategies]
+
+
 def test_more_processes_than_heads() -> None:
     expected, _ = dense(40, 2, 1, None)
-    for strategy in ("auto", "grid", "ring"):
-        results = run_ranks(split, 8, 40, 2, 1, None, strategy)
+    for results in zip(*run_ranks(split_by_each, 8, (2, 1), ["auto", "grid", "ring"], 40), strict=True):
         assert relative_error(gathered(r[0] for r in results), expected) < 1e-12
 
 
@@ -92,31 +102,97 @@ def test_negative_control_documents_do_not_leak() -> None:
     assert relative_error(gathered(r[0] for r in results), leaking) > 1e-2
 
 
+LENGTH = 1 << 16
+SHORT_THEN_LONG = ((*range(64, LENGTH * 9 // 10, 64), LENGTH * 9 // 10),)
+PACKINGS: dict[str, tuple[tuple[int, ...], ...] | None] = {
+    "one document": None,
+    "short documents, then a long one": SHORT_THEN_LONG,
+    "a long document, then short ones": (tuple(range(LENGTH // 10, LENGTH, 64)),),
+    "short, long, short": ((*range(64, LENGTH // 2, 64), LENGTH // 2, *range(LENGTH // 2 + 6000, LENGTH, 64)),),
+    "one row each way": (*SHORT_THEN_LONG, tuple(range(LENGTH // 10, LENGTH, 64))),
+    "documents of one token, then a long one": (tuple(range(1, LENGTH * 9 // 10)),),
+    "documents of one length": (tuple(range(64, LENGTH, 64)),),
+    "a document of one token at the end": ((LENGTH - 1,),),
+}
+
+
+def work_of(layout: Layout, documents: tuple[tuple[int, ...], ...] | None) -> list[int]:
+    """Visible pairs, by place."""
+    before = pairs_before(documents)
+    return [sum(before(stop) - before(start) for start, stop in place) for place in layout.spans]
+
+
+def share(layout: Layout, documents: tuple[tuple[int, ...], ...] | None, length: int) -> tuple[float, float]:
+    """The largest place's work and tokens over the mean; every token lies at exactly one place."""
+    spans = sorted(span for place in layout.spans for span in place)
+    assert spans[0][0] == 0 and spans[-1][1] == length
+    assert all(a[1] == b[0] for a, b in pairwise(spans))
+    work = work_of(layout, documents)
+    tokens = [layout.tokens(place) for place in range(len(work))]
+    return max(work) * len(work) / sum(work), max(tokens) * len(work) / length
+
+
 @pytest.mark.parametrize("places", [4, 8, 64])
-def test_work_is_balanced(places: int) -> None:
-    """The largest share of the work is at most 1.05 of the mean."""
-    length = 1 << 16
-    generator = torch.Generator().manual_seed(0)
-    packed = tuple(tuple(sorted(torch.randint(1, length, (9,), generator=generator).tolist())) for _ in range(2))
-    for documents in (None, packed):
-        layout = balanced(length, places, documents)
-        work = [sum(pairs_of(span, documents) for span in spans) for spans in layout.spans]
-        assert max(work) <= 1.05 * sum(work) / places
-        assert sum(layout.tokens(place) for place in range(places)) == length
-    whole = sum(i - b + 1 for row in packed for b, i in zip(_begins(row, length), range(length), strict=True))
-    assert sum(work) == whole
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_work_is_balanced(packing: str, places: int) -> None:
+    """The largest share of the work is at most 1.05 of the mean, and no place holds most of the tokens."""
+    work, tokens = share(balanced(LENGTH, places, PACKINGS[packing]), PACKINGS[packing], LENGTH)
+    assert work <= 1.05 and tokens <= 1.27
 
 
-def _begins(row: tuple[int, ...], length: int) -> list[int]:
-    return SequenceShard.whole(length, [list(row)]).document_begin()[0].tolist()
+def test_no_packing_is_found_that_is_not_balanced() -> None:
+    generator = random.Random(0)
+    for _ in range(150):
+        places, power = generator.choice((4, 5, 8, 16)), generator.choice((0.2, 1.0, 5.0))
+        length = places * generator.choice((64, 100, 1000, 8192))
+        documents = tuple(
+            tuple(
+                sorted({int(length * generator.random() ** power) for _ in range(generator.choice((1, 4, 60)))} - {0})
+            )
+            for _ in range(generator.choice((1, 2, 4)))
+        )
+        work, tokens = share(balanced(length, places, documents), documents, length)
+        assert work <= 1.05 and tokens <= 1.3, (places, length, documents)
+
+
+def test_negative_control_equal_tiles_are_not_balanced() -> None:
+    """Sixteen tiles of equal length for each of 64 places, dealt in turns."""
+    tiles = list(pairwise(even_bounds(LENGTH, 16 * 64)))
+    dealt = Layout(tuple(tuple(tiles[place::64]) for place in range(64)))
+    assert share(dealt, SHORT_THEN_LONG, LENGTH)[0] > 1.1
+
+
+@pytest.mark.parametrize("places", [4, 8])
+def test_what_a_ring_computes_is_what_was_balanced(places: int) -> None:
+    """Pairs in the tiles that are handed to the kernel, over all steps of the ring."""
+    length = 4096
+    documents = ((*range(64, 3600, 64), 3600), (5, 1000))
+    layout = balanced(length, places, documents)
+    begin_BL = SequenceShard.whole(length, documents).whole_document_begin()
+    computed = []
+    for place, spans in enumerate(layout.spans):
+        shard = SequenceShard(even_bounds(length, places), place, document_starts=documents)
+        begin_BW = torch.cat([begin_BL[:, a:b] for a, b in spans], dim=1)
+        ring = Ring(shard, layout, tuple(range(places)), begin_BW)
+        pairs = 0
+        for queries, keys, where in (meeting for visitor in range(places) for meeting in ring.meetings(visitor)):
+            q, k = (torch.empty(2, part.stop - part.start) for part in (queries, keys))
+            for tile in where.tiles(q, k):
+                wide, high = tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start
+                rows = tile.rows.stop - tile.rows.start
+                pairs += rows * (wide * (wide + 1) // 2 if tile.causal else wide * high)
+        computed.append(pairs)
+    assert computed == work_of(layout, documents)
+    visible = torch.arange(length) - begin_BL + 1
+    assert sum(computed) == int(visible.sum())
+    assert max(computed) <= 1.05 * sum(computed) / places
 
 
 def test_bytes() -> None:
     """32 tokens over 4 processes, float64: heads moves q, k, v, out once; the ring moves keys three times."""
     n = 8 * B * 8 * K  # bytes of one head of this process's tokens
-    for _, _, sent in run_ranks(split, 4, 32, 4, 4, None, "heads"):
-        assert sent == {"heads.forward": 4 * 4 * n * 3 // 4, "heads.backward": 4 * 4 * n * 3 // 4}
-    for _, _, sent in run_ranks(split, 4, 32, 4, 4, None, "ring"):
+    for (_, _, by_heads), (_, _, sent) in run_ranks(split_by_each, 4, (4, 4), ["heads", "ring"], 32):
+        assert by_heads == {"heads.forward": 4 * 4 * n * 3 // 4, "heads.backward": 4 * 4 * n * 3 // 4}
         assert sent["ring.forward"] == 3 * 2 * 4 * n
         assert sent["ring.backward"] == 3 * 2 * 4 * n + 4 * 2 * 4 * n
 

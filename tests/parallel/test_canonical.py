@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 
 from longstride.models import build_model
@@ -16,6 +18,7 @@ from longstride.parallel.shard import even_bounds
 from tests.distributed import run_ranks
 from tests.models.cases import MIXER_CASES, SMALL
 
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
 LENGTH, TILES = 64, 8
 HYBRID: dict[str, Any] = {
     "vocab_size": 40,
@@ -26,8 +29,10 @@ HYBRID: dict[str, Any] = {
 }
 
 
-def config_of(mixer: str) -> dict[str, Any]:
-    return {**SMALL, "vocab_size": 40, **MIXER_CASES[mixer]}
+def config_of(name: str) -> dict[str, Any]:
+    if name == "quickstart":
+        return yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())["model"]
+    return HYBRID if name == "hybrid" else {**SMALL, "vocab_size": 40, **MIXER_CASES[name]}
 
 
 def compute(rank: int, world: int, configs: list[dict[str, Any]], canonical: bool) -> list[tuple[Tensor, list[Tensor]]]:
@@ -60,13 +65,19 @@ def backward(model: Any, tokens: Tensor, targets: Tensor, shard: SequenceShard) 
     return torch.stack(losses).detach()
 
 
+NAMES = [*MIXERS, "hybrid", "quickstart"]
+CONFIGURATIONS = [config_of(name) for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[tuple[Tensor, list[Tensor]]]:
+    return run_ranks(compute, 1, CONFIGURATIONS, True)[0]
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_bitwise_for_every_sequence_degree(world: int) -> None:
-    names = [*MIXERS, "hybrid"]
-    configs = [HYBRID if name == "hybrid" else config_of(name) for name in names]
-    expected = run_ranks(compute, 1, configs, True)[0]
-    for results in run_ranks(compute, world, configs, True):
-        for name, (losses, grads), (true_losses, true_grads) in zip(names, results, expected, strict=True):
+def test_bitwise_for_every_sequence_degree(world: int, alone: list[tuple[Tensor, list[Tensor]]]) -> None:
+    for results in run_ranks(compute, world, CONFIGURATIONS, True):
+        for name, (losses, grads), (true_losses, true_grads) in zip(NAMES, results, alone, strict=True):
             assert torch.equal(losses, true_losses), name
             assert len(grads) == len(true_grads)
             assert all(torch.equal(a, b) for a, b in zip(grads, true_grads, strict=True)), name

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longstride.kernels.long_convolution.reference import long_convolution_reference
 from longstride.parallel import Filter, FiniteFilter, ModalFilter, SequenceShard, SharedFilter, convolve
@@ -50,23 +54,65 @@ def parameters_of(kind: str) -> Tensor:
     return normal(*shape, seed=1).requires_grad_()
 
 
+class LargestDimension(TorchDispatchMode):
+    """Watches every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, *tensor.shape, 0)
+        return result
+
+
+def largest_dimensions(rank: int, world: int, length: int) -> dict[str, int]:
+    """By form, forward and backward, of as few channels as the form can have: messages are flat."""
+    found = {}
+    for form, channels in (("length", 1), ("channels", world)):
+        shard = SequenceShard.split(length)
+        u = local(normal(1, length, channels), shard)
+        parameters = normal(channels, 2, seed=1).requires_grad_()
+        with LargestDimension() as watched:
+            convolve(u, Implicit(parameters), shard, form=form).sum().backward()
+        found[form] = watched.largest
+    return found
+
+
+def test_by_length_no_process_holds_a_row() -> None:
+    length = 4096
+    for found in run_ranks(largest_dimensions, 8, length):
+        assert found["length"] < length
+        assert found["channels"] >= length  # the control: a row of each channel here
+
+
 def split(rank: int, world: int, length: int, kind: str, form: str, documents: object) -> tuple[Tensor, ...]:
     shard = SequenceShard.split(length, None, documents)
     u = local(normal(B, length, D), shard)
+    first, last = (local(x, shard) for x in gates(length))
     parameters, skip = parameters_of(kind), normal(D, seed=2).requires_grad_()
-    y = convolve(u, make(kind, parameters), shard, skip=skip, form=form)
+    y = convolve(u, make(kind, parameters), shard, skip=skip, input_gate=first, gate=last, form=form)
     (y * normal(B, length, D, seed=3)[:, shard.start : shard.stop]).sum().backward()
     sent = torch.tensor([row.bytes_sent for row in shard.ledger.by_motion().values()]).sum()
-    return y.detach(), u.grad, parameters.grad, skip.grad, sent  # type: ignore[return-value]
+    return y.detach(), u.grad, parameters.grad, skip.grad, sent, first.grad, last.grad  # type: ignore[return-value]
 
 
 def whole(length: int, kind: str, documents: object) -> tuple[Tensor, ...]:
     u, parameters, skip = normal(B, length, D).requires_grad_(), parameters_of(kind), normal(D, seed=2).requires_grad_()
     taps = make(kind, parameters)(torch.arange(length), slice(0, D))
     mask = SequenceShard.whole(length, documents).start_mask()
-    y = long_convolution_reference(u, taps, skip=skip, document_starts=mask)
+    first, last = (x.requires_grad_() for x in gates(length))
+    y = long_convolution_reference(u, taps, skip=skip, input_gate=first, gate=last, document_starts=mask)
     (y * normal(B, length, D, seed=3)).sum().backward()
-    return y.detach(), u.grad, parameters.grad, skip.grad  # type: ignore[return-value]
+    return y.detach(), u.grad, parameters.grad, skip.grad, first.grad, last.grad  # type: ignore[return-value]
+
+
+def gates(length: int) -> tuple[Tensor, Tensor]:
+    """Before and behind the convolution."""
+    return normal(B, length, D, seed=4), normal(B, length, D, seed=5)
 
 
 CASES = [
@@ -74,6 +120,7 @@ CASES = [
     ("complex modes", "auto"),
     ("complex modes", "channels"),
     ("complex modes", "length"),
+    ("implicit", "auto"),
     ("implicit", "channels"),
     ("implicit", "length"),
     ("shared", "channels"),
@@ -98,8 +145,8 @@ def test_equals_sum_over_lags(world: int) -> None:
     for case, results in zip(ALL, zip(*by_rank, strict=True), strict=True):
         kind, _, length, documents = case
         expected = whole(length, kind, documents)
-        assert relative_error(gathered(r[0] for r in results), expected[0]) < 1e-12, case
-        assert relative_error(gathered(r[1] for r in results), expected[1]) < 1e-12, case
+        for found, wanted in ((0, 0), (1, 1), (5, 4), (6, 5)):
+            assert relative_error(gathered(r[found] for r in results), expected[wanted]) < 1e-12, case
         for i in (2, 3):
             assert relative_error(sum(r[i] for r in results), expected[i]) < 1e-12, case  # type: ignore[arg-type]
 

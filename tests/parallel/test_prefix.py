@@ -137,8 +137,9 @@ def test_equals_fold(world: int) -> None:
     check(world, sorted(STRATEGIES))
 
 
-@pytest.mark.parametrize(("world", "node_size"), [(4, 2), (6, 2), (6, 3)])
+@pytest.mark.parametrize(("world", "node_size"), [(4, 2), (6, 2), (6, 6), (8, 8)])
 def test_two_levels_equal_fold(world: int, node_size: int) -> None:
+    """With nodes of 6 and 8 some processes are left without a slice of the five channels."""
     check(world, ["hierarchical"], node_size)
 
 
@@ -149,17 +150,64 @@ def test_negative_control_a_missing_reset_is_noticed() -> None:
     assert max(errors) > 1e-3
 
 
-def test_bytes_do_not_grow_with_decays() -> None:
+Sent = dict[str, int]
+
+
+def bytes_sent(rank: int, world: int, kinds: list[str], node_size: int | None) -> Sent:
+    """Forward, by kind and strategy."""
+    return {
+        f"{kind} {strategy}": split(rank, world, kind, None, strategy, node_size)[2]
+        for kind in kinds
+        for strategy in STRATEGIES
+    }
+
+
+def test_bytes() -> None:
     """Mamba-1 sends the state and D step sums: 8 (D N + D) bytes in float64 per receiver, never 2 D N."""
-    for _, _, sent in run_ranks(split, 2, "per_channel", None, "all_gather"):
-        assert sent == 8 * B * (D * N + D)
-    for _, _, sent in run_ranks(split, 2, "constant", None, "all_gather"):
-        assert sent == 8 * B * D * N
+    state = 8 * B * D * N
+    for sent in run_ranks(bytes_sent, 2, ["per_channel", "constant"], None):
+        assert sent["per_channel all_gather"] == state + 8 * B * D
+        assert sent["constant all_gather"] == state
+    by_rank = run_ranks(bytes_sent, 8, ["constant"], 4)
+    assert max(sent["constant logarithmic"] for sent in by_rank) == 3 * state  # grows with log P
+    assert [sent["constant pipelined"] for sent in by_rank] == 7 * [state] + [0]
+    # to the three neighbours all but the own slice, and their prefixes home; between two nodes one slice to the right
+    slices = [8 * B * N * channels for channels in (2, 1, 1, 1)]
+    for rank, sent in enumerate(by_rank):
+        own = slices[rank % 4]
+        across = own if rank < 4 else 0
+        assert sent["constant hierarchical"] == (state - own) + across + 3 * own
 
 
-def test_logarithmic_bytes_grow_with_log_p() -> None:
-    sent = [sent for _, _, sent in run_ranks(split, 8, "constant", None, "logarithmic")]
-    assert max(sent) == 3 * 8 * B * D * N
+HALF = torch.bfloat16
+
+
+def of_half_precision(rank: int, world: int) -> dict[str, list[tuple[Tensor, list[Tensor], int]]]:
+    """By strategy, from bfloat16 inputs and from the same numbers in float32: the state, gradients, bytes sent."""
+    found: dict[str, list[tuple[Tensor, list[Tensor], int]]] = {strategy: [] for strategy in STRATEGIES}
+    for strategy, results in found.items():
+        for dtype in (HALF, torch.float32):
+            shard = SequenceShard.split(LENGTH, None, node_size=2, ledger=CommunicationLedger())
+            rate, steps = -normal(D, N, seed=1).abs(), normal(B, D, seed=300 + rank).abs()
+            numbers = (normal(B, D, N, seed=100 + rank), rate, steps)
+            state, rate, steps = (x.to(HALF).to(dtype).requires_grad_() for x in numbers)
+            entering = prefix_state(PerChannel(rate, steps), state, shard, strategy=strategy)
+            observe("per_channel", entering, rank).backward()
+            grads = [tensor.grad for tensor in (state, rate, steps) if tensor.grad is not None]
+            results.append((entering.detach(), grads, shard.ledger.totals().bytes_sent))
+    return found
+
+
+def test_half_precision_travels_in_float32() -> None:
+    """The result is what float32 makes of the same numbers, rounded once; a bfloat16 sum of steps would be off."""
+    for by_strategy in run_ranks(of_half_precision, 4):
+        for strategy, ((half, half_grads, sent), (single, grads, sent_in_float32)) in by_strategy.items():
+            assert half.dtype == HALF and torch.equal(half, single.to(HALF)), strategy
+            assert sent == sent_in_float32, strategy
+            assert [grad.dtype for grad in half_grads] == [HALF] * 3, strategy
+            for ours, theirs in zip(half_grads, grads, strict=True):
+                # the gradient of the state that came in is rounded on its way
+                assert float((ours - theirs).abs().max()) <= 2**-6 * float(theirs.abs().max()), strategy
 
 
 def test_one_process_needs_no_group() -> None:
