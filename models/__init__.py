@@ -2,6 +2,7 @@
 
 from .build import build_model
 from .config import ConfigError, ModelConfig, one_line
+from .dropout import DropoutKey
 from .language_model import LanguageModel, Losses
 from .parameters import initialise, kept_in_float32, weight_decayed
 from .plan import PlanError
@@ -9,6 +10,7 @@ from .presets import list_presets, load_preset
 
 __all__ = [
     "ConfigError",
+    "DropoutKey",
     "LanguageModel",
     "Losses",
     "ModelConfig",

@@ -35,6 +35,8 @@ class ModelConfig(MixerGroups, FeedForwardGroups):
         feed_forward: what a layer of the plan has after its mixer where it does not say.
         norm: before each half of a block and after the last block; "rms_outer" is Evo 2's, see `parameters`.
         embedding_norm: a norm after the embedding as well (RWKV).
+        embedding_dropout: in training this share of what enters the first block is dropped, chosen by `dropout`: the
+            same numbers on every mesh.
         tie_embeddings: the output layer is the embedding.
         init_std: standard deviation of the embedding and of weights whose family says no better.
         embedding_std: that of the embedding where it differs.
@@ -55,6 +57,7 @@ class ModelConfig(MixerGroups, FeedForwardGroups):
     norm: Literal["rms", "rms_outer", "layer"] = "rms"
     norm_eps: float = Field(default=1e-5, gt=0)
     embedding_norm: bool = False
+    embedding_dropout: float = Field(default=0.0, ge=0, lt=1)
     tie_embeddings: bool = True
     init_std: float = Field(default=0.02, gt=0)
     embedding_std: float | None = Field(default=None, gt=0)

@@ -15,6 +15,7 @@ from ..kernels import linear_cross_entropy
 from ..parallel import SequenceShard, global_sum
 from .block import Block, BlockState
 from .config import ModelConfig
+from .dropout import DropoutKey, dropout
 from .experts import SwiGLUExperts
 from .mixers.base import Shared
 from .parameters import Embedding, Linear, at_least_float32, make_norm, normal, orthogonal
@@ -62,25 +63,40 @@ class LanguageModel(nn.Module):
         head_init = orthogonal(config.head_gain) if config.head_gain else normal(config.init_std)
         self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, head_init)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard | None = None) -> Losses:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        shard: SequenceShard | None = None,
+        dropout_key: DropoutKey | None = None,
+    ) -> Losses:
         """The losses of a step.
 
         Args:
             tokens_BT: int64 token ids of this shard.
             targets_BT: int64 ids that should follow each; -100 where there is nothing to predict.
+            dropout_key: of a training step: what the config's `embedding_dropout` drops; without it nothing is.
 
         Raises:
             ValueError: tokens that are not what the shard says.
         """
-        return self._losses(tokens_BT, targets_BT, self._shard(tokens_BT, shard))
+        return self._losses(tokens_BT, targets_BT, self._shard(tokens_BT, shard), dropout_key)
 
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard | None = None) -> Tensor:
+    def loss(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        shard: SequenceShard | None = None,
+        dropout_key: DropoutKey | None = None,
+    ) -> Tensor:
         """`forward`'s total: a scalar whose backward is exact."""
         # not through forward: FSDP prepares the parameters for each method it knows, once a call
-        return self._losses(tokens_BT, targets_BT, self._shard(tokens_BT, shard)).total
+        return self._losses(tokens_BT, targets_BT, self._shard(tokens_BT, shard), dropout_key).total
 
-    def _losses(self, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard) -> Losses:
-        hidden_BTD, routers = self._hidden(tokens_BT, shard)
+    def _losses(
+        self, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard, dropout_key: DropoutKey | None
+    ) -> Losses:
+        hidden_BTD, routers = self._hidden(tokens_BT, shard, dropout_key)
         valid = (targets_BT != IGNORED).sum().to(torch.float64)
         summed = linear_cross_entropy(
             hidden_BTD.flatten(0, 1), self.output_weight, targets_BT.flatten(), ignore_index=IGNORED
@@ -197,8 +213,12 @@ class LanguageModel(nn.Module):
         """Bytes of the decoding state of one sequence after `context` tokens."""
         return sum(block.state_bytes(context) for block in self._blocks())
 
-    def _hidden(self, tokens_BT: Tensor, shard: SequenceShard) -> tuple[Tensor, Tensor]:
+    def _hidden(
+        self, tokens_BT: Tensor, shard: SequenceShard, dropout_key: DropoutKey | None = None
+    ) -> tuple[Tensor, Tensor]:
         x_BTD = self._embed(tokens_BT)
+        if dropout_key is not None and self.config.embedding_dropout:
+            x_BTD = dropout(x_BTD, self.config.embedding_dropout, dropout_key, shard.start)
         routers = x_BTD.new_zeros(())
         shared: Shared = {}
         for block in self.blocks:

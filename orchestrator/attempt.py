@@ -7,6 +7,7 @@ last checkpoint, because nothing here outlives the attempt.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -67,6 +68,7 @@ class Crew:
                 Assignment(
                     prepared.experiment,
                     prepared.run.url,
+                    prepared.run.token,
                     prepared.resume,
                     rank,
                     len(self.workers),
@@ -116,7 +118,9 @@ class Crew:
                     raise_fault([answer, *self._other_faults(pending)], self.places)
                 summary, alive_at = answer or summary, now
             if hang_seconds and now - alive_at > hang_seconds:
-                raise self._hang(now - alive_at)
+                if (silence := self._silence()) > hang_seconds:
+                    raise self._hang(now - alive_at)
+                alive_at = now - silence
         _pass_on(self.workers[0].reports.remote(heard, 0.0), reporter)
         assert summary is not None, "rank 0 returns the summary"
         return summary
@@ -158,6 +162,17 @@ class Crew:
                 if isinstance(answer, Fault):
                     faults.append(answer)
         return faults
+
+    def _silence(self) -> float:
+        """Seconds since a worker last got on with what lies between steps; infinite when one of them does not answer.
+
+        Workers wait for each other: as long as one gets on, so does the run.
+        """
+        questions = [worker.silent_seconds.remote() for worker in self.workers]
+        try:
+            return min(ray.get(questions, timeout=ANSWER_SECONDS))
+        except RayError:
+            return math.inf
 
     def _hang(self, seconds: float) -> RunFailed:
         """Who does not answer at all; else where everybody is, for the file of details."""

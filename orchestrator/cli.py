@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from .failures import EchoOfMistake, RunFailed, Terminated, is_mistake, one_line
+from .failures import EchoOfMistake, RunFailed, Terminated, is_mistake, is_outage, one_line
 
 MISTAKE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 
@@ -350,16 +350,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Terminated as signal:
         return _report(signal, TERMINATED, default="terminated")
     except Exception as error:
+        if is_outage(error):
+            return _report(error, FAILED)
         if not is_mistake(error):
             raise
         return _report(error, MISTAKE)
 
 
 def _report(error: BaseException, code: int, details: str = "", default: str = "") -> int:
-    """One line on stderr; with LONGSTRIDE_TRACEBACK=1 the traceback before it."""
+    """One line on stderr; with LONGSTRIDE_TRACEBACK=1 the traceback before it. Secrets in URLs are masked."""
+    from ..data.credentials import mask_credentials  # slow to import, and --help needs none of it
+
     if os.environ.get("LONGSTRIDE_TRACEBACK"):
-        print(details or "".join(traceback.format_exception(error)), file=sys.stderr)
-    print(f"longstride: {one_line(error) if str(error) else default}", file=sys.stderr)
+        print(mask_credentials(details or "".join(traceback.format_exception(error))), file=sys.stderr)
+    print(mask_credentials(f"longstride: {one_line(error) if str(error) else default}"), file=sys.stderr)
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)
     return code

@@ -16,6 +16,7 @@ from .interchange import export, import_
 from .job_commands import logs, prepare, status, stop, submit
 from .launch import go_on, start
 from .plan import plan
+from .preparation import is_recent
 from .tables import amount_of_bytes, columns
 from .track import track
 
@@ -37,9 +38,6 @@ __all__ = [
     "track",
     "train",
 ]
-
-# A run whose last step is longer ago than this many of its steps, and these seconds, is not taken to be running.
-IDLE_STEPS, IDLE_SECONDS = 20, 120.0
 
 
 def train(arguments: Namespace) -> int:
@@ -68,18 +66,19 @@ def checkpoints(arguments: Namespace) -> int:
         try:
             manifest = checkpoint.read_manifest()
         except ValueError as error:
-            rows.append((checkpoint.name, "-", "-", "-", f"broken: {error}"))
+            rows.append((checkpoint.name, "-", "-", "-", "-", f"broken: {error}"))
             broken = True
             continue
         problems = checkpoint.problems() if arguments.verify else []
         broken |= bool(problems)
         state = f"broken: {problems[0]}" if problems else ("whole, verified" if arguments.verify else "whole")
         size = amount_of_bytes(sum(int(file["bytes"]) for file in manifest.files.values()))
-        rows.append((checkpoint.name, manifest.created, str(manifest.world_size), size, state))
+        loss = "-" if manifest.validation_loss is None else f"{manifest.validation_loss:.4f}"
+        rows.append((checkpoint.name, manifest.created, str(manifest.world_size), size, loss, state))
     if not rows:
         print(f"{run.name} has no checkpoints")
         return 0
-    print(columns(("CHECKPOINT", "WRITTEN", "WORKERS", "SIZE", "STATE"), rows))
+    print(columns(("CHECKPOINT", "WRITTEN", "WORKERS", "SIZE", "VALIDATION", "STATE"), rows))
     return 1 if broken else 0
 
 
@@ -139,7 +138,7 @@ def _state(last: StepRecord | None, steps: int, now: float) -> str:
         return "not started"
     if last.step >= steps:
         return "finished"
-    return "running" if now - last.time < max(IDLE_SECONDS, IDLE_STEPS * last.seconds) else "stopped"
+    return "running" if is_recent(last, now) else "stopped"
 
 
 def _checked(overrides: list[str]) -> list[str]:

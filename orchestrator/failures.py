@@ -1,7 +1,8 @@
 """What can stop a run, in words for the person who started it.
 
 A mistake of the user's is a ValueError (or an OSError that names a file) and ends with exit code 2. A run that
-began and could not go on is a `RunFailed`, exit code 1. Anything else is a bug of ours and keeps its traceback.
+began and could not go on is a `RunFailed`, exit code 1, and so is a store that nobody can reach now. Anything else is
+a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ _ECHOES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe
 _ECHO_TYPES = ("CommunicationError", "DistNetworkError", "DistStoreError", "DistBackendError", "DistError")
 # Exceptions of a bug: the same code fails on the same data again.
 _BUGS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
-# Errors of `workers` whose message is for the user as it stands.
-_SAY_IT_ALL = ("TrainingError", "CheckpointError")
+_TAKEN = "RunTaken"
+# Errors of `workers` and `data` whose message is for the user as it stands.
+_SAY_IT_ALL = ("TrainingError", "CheckpointError", "StoreUnavailable", "StorageUnavailable")
 
 
 class RunFailed(Exception):
@@ -28,6 +30,10 @@ class RunFailed(Exception):
         super().__init__(message)
         self.details = details
         self.retry = retry
+
+
+class RunLost(RunFailed):
+    """Somebody else has taken the run: nothing is written to it any more, and it is not tried again."""
 
 
 class Terminated(BaseException):
@@ -61,7 +67,7 @@ class Fault:
     @classmethod
     def from_exception(cls, rank: int, error: BaseException, traceback: str) -> Fault:
         kind = type(error).__name__
-        retry = not isinstance(error, _BUGS) and kind != "TrainingError"
+        retry = not isinstance(error, _BUGS) and kind not in ("TrainingError", _TAKEN)
         return cls(rank, kind, one_line(error), traceback, is_mistake(error), retry)
 
     @property
@@ -98,6 +104,8 @@ def raise_fault(faults: list[Fault], places: list[str]) -> NoReturn:
 
 def failure(kind: str, message: str, traceback: str, where: str = "") -> RunFailed:
     """For an exception that stopped a run: those meant for the user stand as they are, others are named and placed."""
+    if kind == _TAKEN:
+        return RunLost(message)
     if kind in _SAY_IT_ALL:
         return RunFailed(message)
     place = f"{where} failed: " if where else ""
@@ -106,7 +114,18 @@ def failure(kind: str, message: str, traceback: str, where: str = "") -> RunFail
 
 def is_mistake(error: BaseException) -> bool:
     """Whether the error is one that the user can put right."""
+    if is_outage(error):
+        return False
     return isinstance(error, ValueError) or (isinstance(error, OSError) and error.filename is not None)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether a store could not be reached, however long it was waited for: another attempt, later, may go well."""
+    if not isinstance(error, OSError):
+        return False
+    from ..data.storage import StoreUnavailable  # slow to import, and --help needs none of it
+
+    return isinstance(error, StoreUnavailable)
 
 
 def one_line(error: BaseException) -> str:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
+from ..data import StoreUnavailable
 from ..workers import Reporter, Summary, train_process
 from ..workers.display import Display
+from ..workers.reporting import Silent
 from . import launcher
 from .failures import failure, is_mistake, one_line
-from .preparation import Done, Prepared, guarded, new_run, old_run, same_run
+from .preparation import Done, Prepared, guarded, new_run, old_run, same_run, take
 from .stopping import StopRequest, stoppable, terminable
 
 
@@ -49,6 +51,8 @@ def _launch(prepare: Callable[[], Prepared | Done], address: str | None) -> int:
         finally:
             if display:
                 display.close()
+                with contextlib.suppress(StoreUnavailable):
+                    prepared.run.give_back()
     finished = summary.finished if summary else not stop.event.is_set()
     return 0 if finished else stop.exit_code
 
@@ -57,12 +61,15 @@ def run_here(prepared: Prepared, store: Store | None, reporter: Reporter | None,
     """Trains in this process: alone, or as a rank whose fellows it meets through `store`."""
     rank, workers = launcher.rank(), prepared.experiment.workers
     try:
+        if rank == 0:
+            take(prepared.run, reporter or Silent())
         with stoppable(stop):
             return train_process(
                 prepared.experiment,
                 rank,
                 workers,
                 run=prepared.run.url,
+                token=prepared.run.token,
                 store=store,
                 reporter=reporter,
                 resume=prepared.resume,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import ray
 from ray._private.state import available_resources_per_node, state
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..parallel import Degrees
 from .planning import Node, arrange, placement_rows, workers_per_node
@@ -27,6 +31,8 @@ NODE_LABEL = "ray.io/node-id"
 PROBE_SECONDS = 2.0
 # From reserving places that are free to having them.
 RESERVE_SECONDS = 15.0
+# A node that has not said by then how much memory its GPUs have is taken as it is.
+MEMORY_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,46 @@ def usable_nodes(device: Device) -> list[Node]:
             _places(free.get(node["NodeID"], {}), device),
             _places(node["Resources"], device),
             node.get("Labels", {}).get(RACK_LABEL, ""),
+            int(node["Resources"].get("memory", 0)),
         )
         for node in there
     ]
+
+
+def room(places: list[Node], device: Device) -> int | None:
+    """Bytes that every worker has for itself, at the least, with a worker on each of `places`; None: nobody knows.
+
+    On a GPU its own memory, on a CPU an equal share of the node's.
+    """
+    if device == "cuda":
+        shares = [_gpu_memory(node.id) for node in set(places)]
+    else:
+        shares = [node.memory // places.count(node) for node in set(places)]
+    return min((share for share in shares if share), default=None)
+
+
+@functools.cache
+def _gpu_memory(node_id: str) -> int:
+    """Of the node's smallest GPU, as the node itself says; 0: it does not."""
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    try:
+        return ray.get(_ASK_GPUS.options(scheduling_strategy=there).remote(), timeout=MEMORY_SECONDS)
+    except RayError:
+        return 0
+
+
+def smallest_gpu() -> int:
+    """Bytes of this machine's smallest GPU, seen by this process or not; 0 where there is none."""
+    words = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(words, capture_output=True, text=True, check=True, timeout=MEMORY_SECONDS).stdout
+        return min(int(line) for line in listed.split()) << 20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return 0
+
+
+# Beside a place for a worker, none of its own: it takes a moment.
+_ASK_GPUS: Any = cast(Any, ray.remote)(num_cpus=0)(smallest_gpu)
 
 
 def answers(node_id: str) -> bool:

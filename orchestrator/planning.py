@@ -22,6 +22,7 @@ class Node:
         id: Ray's name for it; address: its IP address.
         slots: workers it can take now; capacity: workers it could take if nobody else used it.
         rack: what the cluster's operator labelled it with; nodes of one rack become neighbours.
+        memory: bytes of the machine that Ray gives to all work on it; 0: not known.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Node:
     slots: int
     capacity: int
     rack: str = ""
+    memory: int = 0
 
 
 def fit(experiment: Experiment, devices: int) -> Experiment | None:

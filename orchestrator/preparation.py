@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..workers import Experiment, RunDirectory, create_run, find_run, reopen_run
+from ..data import StoreUnavailable
+from ..workers import Experiment, Reporter, RunDirectory, create_run, find_run, reopen_run
 from ..workers.display import command
 from ..workers.launch import check
 from ..workers.manifest import list_checkpoints
-from .failures import RunFailed, is_mistake
+from ..workers.metrics import StepRecord, read_records
+from .failures import RunFailed, RunLost, is_mistake
 
 FAILURE_FILE = "failure.txt"
+# A run whose last step is longer ago than this many of its steps, and these seconds, is not taken to be running.
+IDLE_STEPS, IDLE_SECONDS = 20, 120.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,22 @@ def same_run(config: str, overrides: list[str]) -> Prepared | Done:
     return Prepared(again, run, False, before, continued=True)
 
 
+def take(run: RunDirectory, reporter: Reporter) -> None:
+    """Makes this driver the run's writer. Another that seems to be alive is told of, and will stop."""
+    owner = run.read_info().get("owner")
+    if owner is not None and "given_back" not in owner:
+        *_, last = (None, *read_records(run.storage))
+        if last is not None and is_recent(last, now := time.time()):
+            ago = f"step {last.step} was made {max(0.0, now - last.time):.0f} s ago, and nobody gave the run back"
+            reporter.noted(f"{ago}: whoever may still train it stops")
+    run.take()
+
+
+def is_recent(last: StepRecord, now: float) -> bool:
+    """Whether a run with this last step may still be training at the time `now`."""
+    return now - last.time < max(IDLE_SECONDS, IDLE_STEPS * last.seconds)
+
+
 @contextlib.contextmanager
 def guarded(prepared: Prepared) -> Iterator[None]:
     """Adds to an error what the user can do next, or undoes the preparation if training had not begun."""
@@ -84,14 +105,15 @@ def guarded(prepared: Prepared) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, RunFailed) and error.details:
-            prepared.run.storage.write_text(FAILURE_FILE, error.details.rstrip() + "\n")
-            error.add_note(f"details:  {prepared.run.url}/{FAILURE_FILE}")
-        elif _starts(prepared.run) == starts:
-            _undo(prepared)
-            raise
-        if not is_mistake(error):
-            error.add_note(_how_to_continue(prepared.run))
+        with contextlib.suppress(StoreUnavailable):  # the error itself says more than that
+            if isinstance(error, RunFailed) and error.details:
+                prepared.run.storage.write_text(FAILURE_FILE, error.details.rstrip() + "\n")
+                error.add_note(f"details:  {prepared.run.url}/{FAILURE_FILE}")
+            elif _starts(prepared.run) == starts:
+                _undo(prepared)
+                raise
+            if not is_mistake(error) and not isinstance(error, RunLost):
+                error.add_note(_how_to_continue(prepared.run))
         raise
 
 

@@ -1,6 +1,6 @@
 """Keeps a run going on a Ray cluster, whatever happens to its workers and nodes.
 
-PLAN   the largest mesh that the cluster can hold now
+PLAN   the largest mesh that the cluster can hold now, its devices' memory included
 PLACE  reserve places for it, sequence groups inside nodes
 FORM   start the workers
 RUN    train from the newest whole checkpoint
@@ -15,24 +15,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
+from ..data import StoreUnavailable
 from ..workers import Experiment, Reporter, Summary
 from ..workers.manifest import list_checkpoints
 from ..workers.run_directory import timestamp
 from .attempt import formed
 from .cluster import Cluster, Resources, choose_device
-from .failures import RunFailed
-from .placement import RESOURCE, Device, Placement, Taken, draining, reserved, usable_nodes
-from .planning import Node, fit
-from .preparation import FAILURE_FILE, Prepared
+from .failures import RunFailed, RunLost, one_line
+from .forecast import forecast
+from .placement import RESOURCE, Device, Placement, Taken, draining, reserved, room, usable_nodes
+from .planning import Node, arrange, fit
+from .preparation import FAILURE_FILE, Prepared, take
 from .rendezvous import Rendezvous
 from .stopping import StopRequest
+from .tables import amount_of_bytes
 
 # After an attempt its places become free within this time; a stopped process takes Ray 5 s to kill.
 SETTLE_SECONDS = 15.0
 PAUSE_SECONDS = 0.5
 # How often in a row the cluster must offer a larger mesh before the run moves to it.
 GROW_AFTER = 2
+ResultT = TypeVar("ResultT")
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Supervisor:
     _step: int = field(default=0, init=False)
     _offers: int = field(default=0, init=False)
     _asked: int = field(default=0, init=False)
+    _needs: dict[tuple[int, int], int] = field(default_factory=dict, init=False)
 
     def run(self, meeting: Rendezvous) -> Summary:
         """The run's summary, when all its steps are made or the user stopped it.
@@ -69,11 +75,16 @@ class Supervisor:
                 with reserved(nodes, experiment.degrees, device) as placement:
                     self._announce(placement, experiment)
                     with formed(placement) as crew:
-                        prepared = replace(self.prepared, experiment=experiment, resume=self._committed_step() > 0)
+                        resume = self._patiently(self._committed_step) > 0
+                        prepared = replace(self.prepared, experiment=experiment, resume=resume)
                         watch = self._watch(placement, experiment)
+                        if self.prepared.run.token is None:
+                            take(self.prepared.run, self.reporter)
                         summary = crew.train(prepared, meeting, self.reporter, self.stop, watch)
             except Taken:
                 continue
+            except RunLost:
+                raise
             except RunFailed as failure:
                 self._fail(failure)
             else:
@@ -124,18 +135,40 @@ class Supervisor:
             now = fit(wanted, sum(node.slots for node in nodes))
             soon = fit(wanted, sum(node.capacity for node in nodes))
             settled = time.monotonic() - began > SETTLE_SECONDS
+            problem = None
             if now and (now.workers == wanted.workers or (self.elastic and (now == soon or settled))):
-                # What a smaller mesh lacks goes on being asked for.
-                self._ask_for(wanted.workers if now.workers < wanted.workers else 0, device)
-                return now, nodes
+                problem = self._too_large(now, nodes, device)
+                if problem is None:
+                    # What a smaller mesh lacks goes on being asked for.
+                    self._ask_for(wanted.workers if now.workers < wanted.workers else 0, device)
+                    return now, nodes
             self._ask_for(wanted.workers, device)
+            problem = problem or self._missing(nodes, device)
             if time.monotonic() - began > wanted.recovery.wait_seconds:
-                raise RunFailed(f"no room within {wanted.recovery.wait_seconds:.0f} s: {self._missing(nodes, device)}")
+                raise RunFailed(f"no room within {wanted.recovery.wait_seconds:.0f} s: {problem}")
             if not told and settled:
                 told = True
-                limit = f"waiting up to {wanted.recovery.wait_seconds:.0f} s"
-                self.reporter.noted(f"{self._missing(nodes, device)}: {limit}")
+                self.reporter.noted(f"{problem}: waiting up to {wanted.recovery.wait_seconds:.0f} s")
             time.sleep(PAUSE_SECONDS)
+
+    def _too_large(self, smaller: Experiment, nodes: list[Node], device: Device) -> str | None:
+        """Why the devices cannot hold their parts of a mesh that is smaller than was asked for; None if they can.
+
+        What the forecast counts is the least that a process takes. Of a schedule, the stage at hand counts.
+        """
+        wanted = self.prepared.experiment
+        has = room(arrange(nodes, smaller.degrees), device) if smaller.workers < wanted.workers else None
+        if has is None:
+            return None
+        stage = smaller.stage_after(self._patiently(self._committed_step))
+        key = smaller.workers, stage.first
+        if key not in self._needs:
+            forecasts = forecast(smaller, device)
+            self._needs[key] = next(sum(found.memory.values()) for found in forecasts if found.stage == stage)
+        if self._needs[key] <= has:
+            return None
+        needs = f"{amount_of_bytes(self._needs[key])} a process, and there is {amount_of_bytes(has)}"
+        return f"{smaller.workers} of {wanted.workers} workers would need {needs}"
 
     def _ask_for(self, workers: int, device: Device) -> None:
         """See `Cluster.ask_for`; the wish of another program on the cluster stays while there is none of ours."""
@@ -181,20 +214,44 @@ class Supervisor:
 
     def _fail(self, failure: RunFailed) -> None:
         """Counts a failure. Raises it when the run is not to go on."""
-        step, run = self._committed_step(), self.prepared.run
+        try:
+            step = self._patiently(self._committed_step)
+        except RunFailed as away:
+            away.add_note(f"before:   {failure}")
+            raise
         most = self.prepared.experiment.recovery.max_failures
         self._failures = 1 if step > self._step else self._failures + 1
         self._step = max(step, self._step)
-        entry = {"time": timestamp(), "step": step, "cause": str(failure)}
-        run.update_info(failures=[*run.read_info().get("failures", []), entry])
-        if failure.details:
-            run.storage.write_text(FAILURE_FILE, failure.details.rstrip() + "\n")
+        self._patiently(lambda: self._note(failure, step))
         if not failure.retry or self._failures > most:
             if self._failures > 1:
                 failure.add_note(f"gave up after {self._failures} failures in a row without a new checkpoint")
             raise failure
         place = f"from step {step}" if step else "from the beginning"
         self.reporter.noted(f"{failure}; going on {place} (failure {self._failures} of {most} in a row)")
+
+    def _note(self, failure: RunFailed, step: int) -> None:
+        """Keeps the failure in the run's directory."""
+        run = self.prepared.run
+        entry = {"time": timestamp(), "step": step, "cause": str(failure)}
+        run.update_info(failures=[*run.read_info().get("failures", []), entry])
+        if failure.details:
+            run.storage.write_text(FAILURE_FILE, failure.details.rstrip() + "\n")
+
+    def _patiently(self, work: Callable[[], ResultT]) -> ResultT:
+        """What `work` finds in the run's store, tried again while that cannot be reached. RunFailed: for too long."""
+        seconds = self.prepared.experiment.recovery.wait_seconds
+        deadline, told = time.monotonic() + seconds, False
+        while True:
+            try:
+                return work()
+            except StoreUnavailable as error:
+                if time.monotonic() >= deadline:
+                    raise RunFailed(f"the run's store stayed away for {seconds:.0f} s: {one_line(error)}") from error
+                if not told:
+                    told = True
+                    self.reporter.noted(f"{one_line(error)}: waiting up to {seconds:.0f} s")
+            time.sleep(PAUSE_SECONDS)
 
     def _committed_step(self) -> int:
         """The step of the newest checkpoint; 0: there is none."""

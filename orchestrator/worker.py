@@ -17,6 +17,7 @@ import psutil
 import ray
 
 from ..workers import Experiment, Summary, train_process
+from ..workers.liveness import silent_seconds
 from .failures import Fault
 from .records import Outbox, OutboxReporter, Report
 from .rendezvous import Rendezvous
@@ -27,7 +28,7 @@ class Assignment:
     """What a worker is to do.
 
     Attributes:
-        run: the run directory's URL; it exists.
+        run: the run directory's URL; it exists. token: with which the driver took it.
         resume: go on from the last whole checkpoint.
         device: "cpu" or "cuda".
         neighbours: workers on this node, itself included; they share its cores.
@@ -36,6 +37,7 @@ class Assignment:
 
     experiment: Experiment
     run: str
+    token: str | None
     resume: bool
     rank: int
     world_size: int
@@ -68,6 +70,7 @@ class Worker:
                 rank,
                 assignment.world_size,
                 run=assignment.run,
+                token=assignment.token,
                 store=assignment.rendezvous.connect(),
                 device=assignment.device,
                 threads=max(1, len(os.sched_getaffinity(0)) // assignment.neighbours),
@@ -85,6 +88,11 @@ class Worker:
     def place(self) -> str:
         """Who this is: process id and host."""
         return f"process {os.getpid()} on {socket.gethostname()}"
+
+    @ray.method(concurrency_group="control")
+    def silent_seconds(self) -> float:
+        """See `workers.liveness`."""
+        return silent_seconds()
 
     @ray.method(concurrency_group="control")
     def stacks(self) -> str:

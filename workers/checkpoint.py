@@ -11,6 +11,7 @@ on the training's group the two would wait for each other's messages.
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from .configuration import Settings
+from .checkpoint_policy import CheckpointConfig, prune
 from .dcp_storage import DigestingWriter, RestrictedReader
 from .manifest import (
     MANIFEST_FILE,
@@ -36,29 +36,15 @@ from .manifest import (
     explain_none,
     list_checkpoints,
     new_checkpoint,
-    prune,
     rejection,
 )
 from .optimization import ShardedAdamW, local
 from .random_state import random_state, set_random_state
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, RunTaken
 
+LONG_WAIT = 1.0  # seconds that training may wait for the checkpoint before without a word
 MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random.rank-"
 ResultT = TypeVar("ResultT")
-
-
-class CheckpointConfig(Settings):
-    """When checkpoints are written and how many stay.
-
-    Attributes:
-        every: steps between checkpoints; 0 means only at the end.
-        keep: how many of the newest complete ones stay; 0 means all.
-        asynchronous: write beside training, which waits only for a copy in memory.
-    """
-
-    every: int = Field(default=0, ge=0)
-    keep: int = Field(default=2, ge=0)
-    asynchronous: bool = True
 
 
 class CheckpointError(Exception):
@@ -82,7 +68,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._staged: dict[str, Tensor] = {}  # kept from save to save: fresh memory costs more than the copy
-        self.last_saved: str | None = None
+        self._notes: list[str] = []
 
     def save(self, progress: Manifest, *, wait: bool = True) -> None:
         """Saves a checkpoint; `progress` is its manifest without the files.
@@ -91,7 +77,12 @@ class Checkpointer:
         next save, or `wait`, ends after it. Raises CheckpointError on every process when it cannot be written, also
         for the one before that was written beside training.
         """
+        began = time.monotonic()
         self.wait()
+        waited = time.monotonic() - began
+        if waited > LONG_WAIT and not wait:
+            raised = "checkpoint.every" if self.config.every else "checkpoint.minutes"
+            self._notes.append(f"waited {waited:.1f} s for the checkpoint before; raise {raised}")
         tensors = {**self._tensors(), f"{RANDOM}{self.rank}": random_state()}
         if wait:
             self._write(tensors, progress)
@@ -108,6 +99,11 @@ class Checkpointer:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def take_notes(self) -> list[str]:
+        """What a person should know of the checkpoints written so far, a line each, once. The first process has all."""
+        taken, self._notes = self._notes, []
+        return taken
 
     def latest(self) -> tuple[Checkpoint, Manifest, list[str]]:
         """The newest checkpoint that is whole, and one line for every newer one that is not.
@@ -185,30 +181,41 @@ class Checkpointer:
         for written in self._gather(writer.digests()):
             files |= written
         self._from_first(lambda: self._commit(checkpoint, replace(progress, files=files)))
-        self.last_saved = name
 
     def _begin(self, step: int) -> str:
+        self.run.check_owner()
         # What a resume will not compute again must be in the log before the checkpoint says so.
         self.run.metrics.flush()
         return new_checkpoint(self.run, step).name
 
     def _commit(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        self.run.check_owner()
         for name, file in manifest.files.items():
             length = checkpoint.storage.size(name)
             if length != file["bytes"]:
                 raise OSError(f"{name} has {length} bytes after {file['bytes']} were written")
         checkpoint.storage.write_text(MANIFEST_FILE, manifest.to_json())
-        prune(self.run, self.config.keep)
+        try:
+            prune(self.run, self.config.keep, self.config.keep_best)
+        except OSError as error:  # this checkpoint is committed all the same
+            self._notes.append(f"older checkpoints were not removed ({error}); the next checkpoint tries again")
 
     def _from_first(self, work: Callable[[], ResultT]) -> ResultT:
-        """What `work` returns on the first process, on all; CheckpointError on all when it fails."""
+        """What `work` returns on the first process, on all; CheckpointError on all when it fails.
+
+        RunTaken on all when it finds that.
+        """
         outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 outcome[0] = work()
+            except RunTaken as error:
+                outcome[1] = error
             except Exception as error:
                 outcome[1] = f"checkpoints of run {self.run.name}: {error or type(error).__name__}"
         dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if isinstance(outcome[1], RunTaken):
+            raise outcome[1]
         if outcome[1] is not None:
             raise CheckpointError(outcome[1])
         return outcome[0]

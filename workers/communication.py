@@ -1,7 +1,7 @@
 """What a step moved between processes, kept with the run: `communication.json` holds every process's ledger.
 
-The ledger counts the motions of `parallel` (what splitting sequences and experts costs); FSDP's own gathering of
-parameters and reducing of gradients is not in it.
+The ledger counts the motions of `parallel` (what splitting sequences and experts costs) and, as motions `fsdp.*`,
+FSDP's own gathering of parameters and reducing of gradients.
 """
 
 from __future__ import annotations

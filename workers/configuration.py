@@ -15,13 +15,18 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..data.credentials import mask_credentials
+
 Tree = dict[str, Any]
 Expand = Callable[[str, Any], Tree | None]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class ConfigError(ValueError):
-    """A mistake in an experiment's settings: one line, with the key, the value and the fix."""
+    """A mistake in an experiment's settings: one line, with the key, the value and the fix. Secrets in URLs masked."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(mask_credentials(message))
 
 
 class Settings(BaseModel):

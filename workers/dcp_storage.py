@@ -19,11 +19,12 @@ import torch
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from .liveness import alive
 from .storage import Storage
 
+# Without BytesStorageMetadata: DCP would unpickle such an entry without restriction, and we save nothing but tensors.
 _METADATA_CLASSES = frozenset(
     {
-        "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -43,6 +44,7 @@ def digest_file(storage: Storage, name: str) -> dict[str, Any]:
         while block := stream.read(_READ_SIZE):
             sha256.update(block)
             length += len(block)
+            alive()
     return {"bytes": length, "sha256": sha256.hexdigest()}
 
 
@@ -71,6 +73,10 @@ class RestrictedReader(FsspecReader):
     def __init__(self, storage: Storage) -> None:
         super().__init__(storage.url)
         self.fs.fs = storage.fs  # DCP opens its own, with other patience
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        alive()  # once for every tensor
+        return super()._slice_file(file, sinfo)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with self.fs.create_stream(self._get_metadata_path(), "rb") as stream:
@@ -135,6 +141,7 @@ class _DigestingStream:
         self._stream.write(view)
         self.sha256.update(view)
         self.length += len(view)
+        alive()
         return len(view)
 
     def tell(self) -> int:

@@ -25,9 +25,10 @@ import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..data import Corpus, DataConfig, Stage
+from ..data.credentials import refuse_credentials
 from ..models import ModelConfig, load_preset
 from ..parallel import Degrees, MeshConfig
-from .checkpoint import CheckpointConfig
+from .checkpoint_policy import CheckpointConfig
 from .configuration import ConfigError, Settings, Tree, apply_overrides, parse_yaml, validate
 from .generate import SampleConfig
 from .optimization import TrainConfig
@@ -224,6 +225,7 @@ def default_name(path: str) -> str:
 
 
 def _read(path: str) -> str:
+    refuse_credentials("CONFIG", path)
     try:
         return Storage(path).read_text("")
     except FileNotFoundError:

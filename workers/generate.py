@@ -21,6 +21,7 @@ from ..models import LanguageModel
 from ..models.block import BlockState
 from ..parallel import Mesh
 from .configuration import ConfigError, Settings
+from .liveness import alive
 from .process_group import process_group
 
 # Tokens of held-out text to begin with where no prompt is given.
@@ -140,6 +141,7 @@ def _grow(
     for done in range(config.tokens if mesh is None or mesh.rank == 0 else 0):
         rows = zip(logits_BV[:, :vocabulary].cpu(), generators, strict=True)
         tokens = [choose(logits_V, config, generator) for logits_V, generator in rows]
+        alive()
         yield tokens
         if done + 1 < config.tokens:
             logits_BV, state = model.step(torch.tensor(tokens, device=device), state)
@@ -156,6 +158,7 @@ def _read(model: LanguageModel, prompt_BT: Tensor, mesh: Mesh | None) -> tuple[T
             shard = mesh.shard(length)
             logits_BV, state = model.prefill(piece_BT[:, shard.start : shard.stop], shard, state)
             logits_BV, state = _from_last(logits_BV, state, mesh)
+        alive()
     assert state is not None
     return logits_BV, state
 

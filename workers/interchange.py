@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..data import SubwordTokenizer
+from ..data.credentials import refuse_credentials
 from ..models.interchange import load_config, load_into, save_pretrained
 from ..parallel import Mesh
 from .checkpoint import Checkpointer
@@ -31,6 +32,7 @@ def imported_experiment(directory: str, out: str, overrides: Sequence[str] = ())
     ValueError of one line: no model there, settings that are wrong, or a tokenizer or a corpus with more token ids than
     the model has.
     """
+    refuse_credentials("OUT", out)
     parent, _, name = out.rstrip("/").rpartition("/")
     run = {"directory": parent or "/" if "/" in out else ".", "name": name}
     tree = {"model": load_config(directory).model_dump(mode="json"), "run": run}

@@ -90,6 +90,7 @@ def train_process(
     reporter: Reporter | None = None,
     resume: bool = False,
     stop: threading.Event | None = None,
+    token: str | None = None,
 ) -> Summary | None:
     """Trains as process `rank` of `world_size`; the summary on rank 0, None elsewhere.
 
@@ -102,10 +103,14 @@ def train_process(
         reporter: told what happens, on rank 0.
         resume: continue the run from its newest whole checkpoint.
         stop: once set on any process, all end after the step at hand with a checkpoint.
+        token: with which the run was taken, see `RunDirectory.take`; None: it has no other writer.
 
-    Raises ValueError (a user's mistake), TrainingError, CheckpointError; RuntimeError when another process is lost.
+    Raises ValueError (a user's mistake), TrainingError, CheckpointError, RunTaken; RuntimeError when another process is
+    lost.
     """
-    directory = RunDirectory(run or f"{experiment.run.directory.rstrip('/')}/{experiment.run.name}")
+    url = run or f"{experiment.run.directory.rstrip('/')}/{experiment.run.name}"
+    directory = RunDirectory(url, token if rank == 0 else None)
+    directory.check_owner()
     reporter = reporter or Silent()
     tracker = _tracker(experiment, directory) if rank == 0 and experiment.tracking.enabled else None
     status, left_behind = "FAILED", None
@@ -154,7 +159,7 @@ def _nest(node_size: int, sequence: int) -> bool:
 
 def _tracker(experiment: Experiment, run: RunDirectory) -> Tracker:
     settings = experiment.model_dump(mode="json")
-    return Tracker(run, MlflowSink(run, experiment.tracking, settings, code_version()))
+    return Tracker(run, MlflowSink(run, experiment.tracking, settings, code_version(), training=True))
 
 
 def _sample(run: RunDirectory, experiment: Experiment) -> Sample:

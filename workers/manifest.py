@@ -12,10 +12,11 @@ trusted once every file has the length and digest that the manifest says.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .dcp_storage import digest_file
@@ -43,6 +44,7 @@ class Manifest:
         corpus: the corpus's fingerprint.
         world_size: processes that wrote it; `parallel`: their degrees.
         files: by name, {"bytes", "sha256"}.
+        validation_loss: of the model in it, nats per token; None where it was not measured after this step.
     """
 
     step: int
@@ -56,18 +58,22 @@ class Manifest:
     created: str
     code_version: str
     files: dict[str, dict[str, Any]]
+    validation_loss: float | None = None
 
     def to_json(self) -> str:
-        return json.dumps({"format": _FORMAT} | asdict(self), indent=1) + "\n"
+        values = asdict(self)
+        if self.validation_loss is not None and not math.isfinite(self.validation_loss):
+            values["validation_loss"] = None  # NaN and infinity are no JSON
+        return json.dumps({"format": _FORMAT} | values, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """ValueError: not a manifest, or one of a newer format."""
+        """ValueError: not a manifest, or one of a newer format. Fields of newer versions are ignored."""
         try:
             values = json.loads(text)
             if values.pop("format") != _FORMAT:
                 raise ValueError("manifest.json has an unknown format; it was written by a newer version")
-            manifest = cls(**values)
+            manifest = cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
             if outside := [name for name in manifest.files if name != os.path.basename(name)]:  # noqa: PTH119
                 raise ValueError(f"manifest.json names a file outside of the checkpoint, {outside[0]}")
             return manifest
@@ -148,22 +154,6 @@ def new_checkpoint(run: RunDirectory, step: int) -> Checkpoint:
     taken = [found.attempt for found in list_checkpoints(run) if found.step == step]
     attempt = max(taken) + 1 if taken else 0
     return Checkpoint(run, f"step-{step:08d}" + (f".{attempt}" if attempt else ""))
-
-
-def prune(run: RunDirectory, keep: int) -> list[str]:
-    """Removes all but the newest `keep` committed checkpoints, and unfinished ones older than those; their names."""
-    if keep <= 0:
-        return []
-    found = list_checkpoints(run)
-    committed = [checkpoint for checkpoint in found if checkpoint.committed]
-    kept = committed[-keep:]
-    if not kept:
-        return []
-    oldest = kept[0]
-    stale = [c for c in found if c not in kept and (c.step, c.attempt) < (oldest.step, oldest.attempt)]
-    for checkpoint in stale:
-        checkpoint.remove()
-    return [checkpoint.name for checkpoint in stale]
 
 
 def explain_none(run: RunDirectory, rejected: Sequence[str]) -> str:

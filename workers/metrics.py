@@ -26,6 +26,9 @@ METRICS_FILE = "metrics.jsonl"
 REWRITE_INTERVAL = 10.0
 REWRITE_SHARE = 0.05
 
+Order = tuple[int, int, int]
+NOTHING: Order = (0, 0, 0)  # the order before the first record
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -46,6 +49,13 @@ class StepRecord:
         bytes_sent: by the motions that split sequences and experts, all processes together.
         auxiliary_loss: what the model adds to the cross-entropy to balance its experts.
         time: when the step ended, seconds since 1970.
+        start: which start of the run made the step, its place among "starts" in run.json.
+        rewinds: how often that start had gone back to a checkpoint before it.
+        cpu_percent: how busy the hosts' cores are, whoever uses them: mean over processes; the four from here on are
+            sampled once a second, and None in records of older versions.
+        host_memory: bytes in use on the host that has most in use.
+        gpu_percent: how busy the GPUs are, mean; gpu_memory: bytes in use on the fullest. None without a GPU, the first
+            also without NVML's Python package (nvidia-ml-py).
     """
 
     step: int
@@ -62,6 +72,17 @@ class StepRecord:
     auxiliary_loss: float = 0.0
     data_share: float = 0.0
     time: float = 0.0
+    start: int = 0
+    rewinds: int = 0
+    cpu_percent: float | None = None
+    host_memory: int | None = None
+    gpu_percent: float | None = None
+    gpu_memory: int | None = None
+
+    @property
+    def order(self) -> Order:
+        """Grows from record to record as they are made, also where the run goes back to an earlier step."""
+        return self.start, self.rewinds, self.step
 
     def to_json(self) -> str:
         # NaN and infinity are no JSON.

@@ -24,7 +24,9 @@ from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
-from .metrics import StepRecord  # noqa: E402
+from .environment import ENVIRONMENT_FILE  # noqa: E402
+from .manifest import Checkpoint  # noqa: E402
+from .metrics import Order, StepRecord  # noqa: E402
 from .run_directory import EXPERIMENT_FILE, RunDirectory  # noqa: E402
 
 # Importing sets their levels; they report the making of an empty database.
@@ -46,6 +48,16 @@ METRICS = (
     "grad_norm",
     "seconds",
 )
+# By MLflow's names, which its pages show as system metrics; megabytes there.
+SYSTEM_METRICS = {
+    "system/cpu_utilization_percentage": ("cpu_percent", 1.0),
+    "system/system_memory_usage_megabytes": ("host_memory", 1e-6),
+    "system/gpu_utilization_percentage": ("gpu_percent", 1.0),
+    "system/gpu_memory_usage_megabytes": ("gpu_memory", 1e-6),
+}
+SENT_TAG = "longstride.sent"  # the order of the last record in the run
+REWOUND_TAG = "rewound_to"  # the step to which it last went back: later ones are made again
+_MOST_METRICS = 900  # at once; MLflow takes 1000 things, tags included
 _MOST_PARAMETERS = 100
 _LONGEST_PARAMETER = 6000
 
@@ -86,7 +98,10 @@ def create(client: MlflowClient, experiment: str, run: RunDirectory, uri: str) -
 
 
 def describe(client: MlflowClient, found: Run, settings: Mapping[str, Any], run: RunDirectory, version: str) -> None:
-    """Parameters, tags and the resolved config. MLflow keeps a parameter's first value: changes become tags."""
+    """Parameters, tags, the resolved config and the environment of the last start.
+
+    MLflow keeps a parameter's first value: changes become tags.
+    """
     known = found.data.params
     values = {key: str(value)[:_LONGEST_PARAMETER] for key, value in flatten(settings).items()}
     added = [Param(key, value) for key, value in values.items() if key not in known]
@@ -97,23 +112,52 @@ def describe(client: MlflowClient, found: Run, settings: Mapping[str, Any], run:
         client.log_batch(run_id, params=added[start : start + _MOST_PARAMETERS])
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     client.log_text(run_id, run.read_experiment(), EXPERIMENT_FILE)
+    if run.storage.exists(ENVIRONMENT_FILE):
+        client.log_text(run_id, run.storage.read_text(ENVIRONMENT_FILE), ENVIRONMENT_FILE)
 
 
-def log_records(client: MlflowClient, run_id: str, records: list[StepRecord]) -> None:
-    """Every number of the records, at their step and time."""
+def sent_until(found: Run) -> Order:
+    """The order of the last record that a run of MLflow's was sent whole."""
+    start, rewinds, step = found.data.tags.get(SENT_TAG, "0 0 0").split()
+    return int(start), int(rewinds), int(step)
+
+
+def log_records(
+    client: MlflowClient, run_id: str, records: list[StepRecord], tags: Mapping[str, str] | None = None
+) -> None:
+    """Every number of the records, at their step and time; then the tags, and that these records are there.
+
+    Sending a record again changes nothing: MLflow keeps a point once.
+    """
     metrics = [
-        Metric(name, float(value), int(record.time * 1000), record.step)
+        Metric(name, value, int(record.time * 1000), record.step)
         for record in records
-        for name in METRICS
-        if (value := getattr(record, name)) is not None
+        for name, value in values(record).items()
     ]
-    for start in range(0, len(metrics), 1000):
-        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+    last = {SENT_TAG: " ".join(map(str, records[-1].order))} | dict(tags or {})
+    for start in range(0, len(metrics), _MOST_METRICS):
+        part = metrics[start : start + _MOST_METRICS]
+        complete = start + len(part) == len(metrics)
+        client.log_batch(run_id, part, tags=[RunTag(*tag) for tag in last.items()] if complete else [])
 
 
-def log_loss_curve(client: MlflowClient, run_id: str, records: list[StepRecord]) -> None:
-    """The picture `loss.png`."""
+def values(record: StepRecord) -> dict[str, float]:
+    """A record's numbers by their names in MLflow; what was not measured is left out."""
+    fields = {name: (name, 1.0) for name in METRICS} | SYSTEM_METRICS
+    numbers = {name: (getattr(record, field), unit) for name, (field, unit) in fields.items()}
+    return {name: float(number) * unit for name, (number, unit) in numbers.items() if number is not None}
+
+
+def tag_checkpoint(client: MlflowClient, run_id: str, checkpoint: Checkpoint) -> None:
+    """Where the newest committed checkpoint is."""
+    tags = {"checkpoint": checkpoint.storage.url, "checkpoint_step": str(checkpoint.step)}
+    client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
+
+
+def log_curves(client: MlflowClient, run_id: str, records: list[StepRecord]) -> None:
+    """The pictures `loss.png` and `training.png`."""
     client.log_figure(run_id, loss_curve(records), "loss.png")
+    client.log_figure(run_id, training_curves(records), "training.png")
 
 
 def loss_curve(records: list[StepRecord]) -> Figure:
@@ -129,6 +173,24 @@ def loss_curve(records: list[StepRecord]) -> Figure:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
+    return figure
+
+
+def training_curves(records: list[StepRecord]) -> Figure:
+    """Learning rate, gradient norm and throughput over tokens, one below the other."""
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    panels = {
+        "learning rate": [record.learning_rate for record in records],
+        "gradient norm before clipping": [record.grad_norm for record in records],
+        "tokens per second": [record.tokens_per_second for record in records],
+    }
+    tokens = [record.tokens for record in records]
+    all_axes = figure.subplots(len(panels), sharex=True)
+    for axes, (name, numbers) in zip(all_axes, panels.items(), strict=True):
+        axes.plot(tokens, numbers, lw=0.8)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    all_axes[-1].set_xlabel("tokens")
     return figure
 
 

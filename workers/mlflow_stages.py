@@ -1,7 +1,8 @@
 """Child runs in MLflow: one for every start of a run that has several, because it was resumed or its context grows.
 
-The parent has all metrics; a child has those of its steps, and as parameters its context, batch and mesh. What starts
-there were is read from run.json, and which children there are from MLflow, by their tags.
+The parent has all metrics; a child has those of the steps that its start made, and as parameters its context, batch
+and mesh. What starts there were is read from run.json, and which children there are from MLflow, by their tags. A run
+that has one start has no child: when the second start appears, the first one's child is filled from metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Param, Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from .metrics import StepRecord
-from .mlflow_client import flatten, log_records
+from .metrics import NOTHING, Order, StepRecord, read_records
+from .mlflow_client import flatten, log_records, sent_until
 from .run_directory import RunDirectory
 
 START_TAG = "longstride.start"
+_AT_ONCE = 100  # records
 _KEYS = ("context", "batch", "workers", "parallel")
 
 
@@ -28,23 +30,31 @@ class StageRuns:
         query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.info.run_id}'"
         found = client.search_runs([parent.info.experiment_id], query)
         self._ids = {int(child.data.tags[START_TAG]): child.info.run_id for child in found}
+        self._sent: dict[int, Order] = {int(child.data.tags[START_TAG]): sent_until(child) for child in found}
         self._open: set[int] = set()
+        self._filled = False  # with what the log has of steps that the parent was sent before
 
     def send(self, records: list[StepRecord]) -> None:
         """Give the records to the children whose steps they are; a child begins with its first."""
         starts = self._run.read_info().get("starts", [])
-        if len(starts) < 2 and not self._scheduled:
+        if not starts or (len(starts) < 2 and not self._scheduled):
             return
+        if not self._filled:
+            first = records[0].order
+            records = [record for record in read_records(self._run.storage) if record.order < first] + records
         parts: dict[int, list[StepRecord]] = {}
         for record in records:
-            # What a later start has done again is its own: the log was taken back to its first step.
-            begun = [index for index, start in enumerate(starts) if start["step"] < record.step]
-            if begun:
-                parts.setdefault(begun[-1], []).append(record)
+            if record.order > self._sent.get(record.start, NOTHING):
+                parts.setdefault(record.start, []).append(record)
         for index, own in sorted(parts.items()):
             for earlier in [number for number in self._open if number < index]:
                 self._close(earlier, "FINISHED")
-            log_records(self._client, self._begin(index, starts[index]), own)
+            child = self._begin(index, starts[index])
+            for start in range(0, len(own), _AT_ONCE):
+                part = own[start : start + _AT_ONCE]
+                log_records(self._client, child, part)
+                self._sent[index] = part[-1].order
+        self._filled = True
 
     def finish(self, status: str) -> None:
         """End the children that are open."""

@@ -40,7 +40,8 @@ class RecoveryConfig(Settings):
 
     Attributes:
         max_failures: failures in a row, with no new checkpoint between them, that are recovered from; 0: none.
-        hang_seconds: a run on Ray that makes no step for so long is taken to hang, and is started again; 0: never.
+        hang_seconds: a run on Ray that makes no step for so long, and does not get on with anything else either
+            (restoring, verifying or saving a checkpoint, validating), is taken to hang and started again; 0: never.
         wait_seconds: how long a run on Ray waits for devices that are missing or busy.
         bad_loss: when the loss or the gradient is no number, or the loss a spike: "rollback" to the last checkpoint
             and past the batch; "skip" the batch, as the weights have not seen it; or "stop".

@@ -1,7 +1,7 @@
 """The directory of one run, at any fsspec URL (a path, s3://bucket/runs, memory://runs).
 
 experiment.yaml     the resolved settings
-run.json            name, MLflow run id, parents, code version, one entry for every start
+run.json            name, MLflow run id, parents, code version, who writes the run, one entry for every start
 metrics.jsonl       one object a step (see metrics.py)
 checkpoints/        step-00000200/ and so on (see checkpoint.py)
 """
@@ -12,8 +12,11 @@ import difflib
 import functools
 import json
 import re
+import secrets
+import socket
 import subprocess
 import threading
+import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,12 +24,16 @@ from typing import Any
 
 from pydantic import field_validator
 
+from ..data.credentials import refuse_credentials
+from ..data.storage import StoreUnavailable
 from .configuration import Settings
 from .metrics import MetricsLog
 from .storage import Storage
 
 EXPERIMENT_FILE = "experiment.yaml"
 INFO_FILE = "run.json"
+# On an object store, how often (seconds) it is asked whether somebody else has taken the run.
+OWNER_INTERVAL = 10.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -54,14 +61,24 @@ class RunConfig(Settings):
         if "://" not in directory:
             # Processes that a cluster starts have other current directories.
             return str(Path(directory).expanduser().absolute())
-        return refuse_credentials("run.directory", directory, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return refuse_credentials("run.directory", directory)
+
+
+class RunTaken(Exception):
+    """Somebody else writes the run since; the message is one line. Whoever meets it stops, and writes nothing more."""
 
 
 class RunDirectory:
-    """One run's directory. Opening it does not touch the file system; `create` does."""
+    """One run's directory. Opening it does not touch the file system; `create` does.
 
-    def __init__(self, url: str) -> None:
+    A run has one writer: whoever took it last. `token`: with which it was taken, by `take` or by the process that
+    started this one; None writes unasked.
+    """
+
+    def __init__(self, url: str, token: str | None = None) -> None:
         self.storage = Storage(url)
+        self.token = token
+        self._owner_seen: int | float | None = None  # the file as it was when its owner was looked at, or the time
         self.name = self.storage.url.rsplit("/", 1)[-1]
         self.metrics = MetricsLog(self.storage)
         self._lock = threading.Lock()
@@ -117,14 +134,63 @@ class RunDirectory:
         with self._lock:
             self.storage.write_text(INFO_FILE, json.dumps(self.read_info() | values, indent=2) + "\n")
 
-    def record_start(self, **entry: Any) -> None:
-        """Adds an entry to run.json, with the time and the code's version: from which step, on which mesh."""
+    def take(self) -> str:
+        """Makes this process, and those that it gives the token, the run's writer in the place of any other."""
+        self.token = secrets.token_hex(8)
+        self.update_info(owner={"token": self.token, "time": timestamp(), "host": socket.gethostname()})
+        return self.token
+
+    def give_back(self) -> None:
+        """Its writer is done with the run, and stays the last; whoever has taken it meanwhile keeps it."""
+        owner = self.read_info().get("owner")
+        if owner is not None and owner["token"] == self.token:
+            self.update_info(owner=owner | {"given_back": timestamp()})
+
+    def check_owner(self) -> None:
+        """RunTaken if somebody else has taken the run."""
+        if self.token is None:
+            return
+        owner = self.read_info().get("owner")
+        if owner is not None and owner["token"] != self.token:
+            raise RunTaken(
+                f"run {self.name} was taken over from {owner['host']} at {owner['time']}: this one stops, and leaves "
+                "it as it is"
+            )
+
+    def lost(self) -> bool:
+        """Whether somebody else has taken the run; cheap enough for every step."""
+        if self.token is None:
+            return False
+        if self.storage.local:
+            seen = Path(self.storage.path(INFO_FILE)).stat().st_mtime_ns
+            if seen == self._owner_seen:
+                return False
+        else:
+            seen = time.monotonic()
+            if self._owner_seen is not None and seen - self._owner_seen < OWNER_INTERVAL:
+                return False
+        try:
+            self.check_owner()
+        except RunTaken:
+            return True
+        except StoreUnavailable:  # says nothing about it
+            pass
+        self._owner_seen = seen if self.storage.local else time.monotonic()
+        return False
+
+    def record_start(self, **entry: Any) -> int:
+        """Adds an entry to run.json, with the time and the code's version: from which step, on which mesh.
+
+        Returns its place among the starts, from 0.
+        """
         starts = self.read_info().get("starts", [])
         self.update_info(starts=[*starts, {"time": timestamp()} | entry | {"code_version": code_version()}])
+        return len(starts)
 
 
 def list_runs(directory: str) -> list[RunDirectory]:
     """The runs directly below `directory`, by name."""
+    refuse_credentials("--directory", directory)
     names = Storage(directory).directories()
     runs = [RunDirectory(f"{directory.rstrip('/')}/{name}") for name in names]
     return [run for run in runs if run.exists()]
@@ -132,6 +198,7 @@ def list_runs(directory: str) -> list[RunDirectory]:
 
 def find_run(name_or_path: str, directory: str = "runs") -> RunDirectory:
     """The run at a path or URL, or of that name below `directory`. ValueError names the nearest if there is none."""
+    refuse_credentials("RUN", name_or_path)
     for url in (name_or_path, f"{directory.rstrip('/')}/{name_or_path}"):
         run = RunDirectory(url.rstrip("/"))
         if run.exists():
@@ -150,13 +217,6 @@ def check_name(name: str) -> str:
             "digit, no '..', at most 128"
         )
     return name
-
-
-def refuse_credentials(key: str, url: str, variables: str) -> str:
-    """`url` unless it carries a user or password: settings are written to the run directory and the tracker."""
-    if re.match(r"[A-Za-z0-9+.-]+://[^/?#]*@", url):
-        raise ValueError(f"{key} holds credentials; take them out of the URL and set {variables} instead")
-    return url
 
 
 @functools.cache

@@ -18,7 +18,8 @@ from typing import IO, cast
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from ..data.storage import one_line, open_filesystem
+from ..data.credentials import mask_credentials
+from ..data.storage import StoreUnavailable, is_unreachable, one_line, open_filesystem
 
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"})
 
@@ -27,18 +28,22 @@ class StorageError(OSError):
     """A store that cannot be reached, or does not let us in. `filename`: what was wanted of it; one line."""
 
 
+class StorageUnavailable(StorageError, StoreUnavailable):
+    """A store that could not be reached within our patience: no mistake of the user's, and another try may go well."""
+
+
 class Storage:
     """Files below one URL. Names are relative, with forward slashes.
 
     Credentials come from the environment (AWS_ACCESS_KEY_ID, ...), never from the URL. A store that fails for good
-    raises StorageError from every method.
+    raises StorageError from every method, StorageUnavailable where it could not be reached.
     """
 
     def __init__(self, url: str) -> None:
         try:
             fs, root = open_filesystem(url)
         except (ValueError, ImportError) as error:
-            raise ValueError(f"cannot open {url!r}: {error}") from None
+            raise ValueError(f"cannot open {mask_credentials(url)!r}: {error}") from None
         self.fs: AbstractFileSystem = fs
         self.root = root.rstrip("/")
         self.local = isinstance(fs, LocalFileSystem)
@@ -122,7 +127,8 @@ class Storage:
         except Exception as error:  # every client has its own family of errors
             if self.local:
                 raise
-            raise StorageError(errno.EIO, one_line(error), f"{self.url}/{name}".rstrip("/")) from error
+            kind = StorageUnavailable if is_unreachable(error) else StorageError
+            raise kind(errno.EIO, one_line(error), f"{self.url}/{name}".rstrip("/")) from error
 
     def _list(self, name: str, kind: str, links: bool = True) -> list[str]:
         try:

@@ -1,12 +1,16 @@
 """MLflow as a mirror of metrics.jsonl: fed from a thread, never waited for, able to catch up later.
 
 The first process hands every record over and goes on. A thread sends them in batches; what it cannot send (no
-server, a slow one) stays in metrics.jsonl and is replayed from there, in this run or by `send_all` afterwards. Where to
-go on is read from the tracker itself: the metric `step`, sent with every record.
+server, a slow one) stays in metrics.jsonl and is replayed from there, in this run or by `send_all` afterwards.
+
+Records are sent in the order in which they were made (`StepRecord.order`), and how far that went is written to MLflow
+with them. A run that goes back, after a bad loss or in another start, sends the steps that it makes again: MLflow then
+has two points of such a step, of which the one with the later time counts, and metrics.jsonl that one alone.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -16,9 +20,12 @@ from typing import Any, Protocol
 
 from pydantic import Field, field_validator
 
+from ..data.credentials import refuse_credentials
 from .configuration import Settings
-from .metrics import StepRecord, read_records
-from .run_directory import RunDirectory, refuse_credentials
+from .environment import ENVIRONMENT_FILE, describe_environment
+from .manifest import list_checkpoints
+from .metrics import NOTHING, Order, StepRecord, read_records
+from .run_directory import RunDirectory
 from .storage import Storage
 
 QUEUE_LENGTH = 10_000
@@ -26,6 +33,7 @@ BATCH_LENGTH = 100
 SEND_INTERVAL = 2.0
 LONGEST_PAUSE = 60.0
 CLOSING_PAUSE = 1.0
+CHECKPOINT_INTERVAL = 60.0  # between looks for a newer one
 
 
 class TrackingConfig(Settings):
@@ -54,14 +62,14 @@ class TrackingConfig(Settings):
 class Sink(Protocol):
     """Where records go. Every method may fail or take long."""
 
-    def connect(self) -> int:
-        """Opens or continues the run; the last step it has."""
+    def connect(self) -> Order:
+        """Opens or continues the run; the order of the last record it has, `NOTHING` if it has none."""
         ...
 
     def send(self, records: list[StepRecord]) -> None: ...
 
     def finish(self, records: list[StepRecord], status: str) -> None:
-        """Adds what describes the whole run (the loss curve) and ends it."""
+        """Adds what describes the whole run (the curves) and ends it."""
         ...
 
 
@@ -70,11 +78,12 @@ class Tracker:
 
     def __init__(self, run: RunDirectory, sink: Sink, *, interval: float = SEND_INTERVAL) -> None:
         self.run, self.sink, self.interval = run, sink, interval
-        self.sent_until = -1  # last step that the sink has; -1 before it is connected
+        self.sent_until: Order | None = None  # the last record that the sink has; None before it is connected
         self.failures = 0
         self.last_failure = ""
         self._queue: deque[StepRecord] = deque(maxlen=QUEUE_LENGTH)
         self._newest = 0
+        self._caught_up = False  # with what earlier starts left in the log
         self._closing = threading.Event()
         self._deadline = 0.0  # of trying again, once it is closing
         self._status = "FINISHED"
@@ -94,7 +103,10 @@ class Tracker:
         if not self._thread.is_alive() and not self.last_failure:
             return None
         cause = f" ({self.last_failure})" if self.last_failure else ""
-        behind = max(0, self._newest - max(0, self.sent_until))
+        try:
+            behind = len(self._unsent())
+        except OSError:  # the store of the log is lost too
+            behind = len(self._queue)
         return f"tracking: {behind} of {self._newest} steps are not in MLflow{cause}; metrics.jsonl has them all"
 
     def _work(self) -> None:
@@ -102,7 +114,7 @@ class Tracker:
         while True:
             closing = self._closing.wait(pause)
             try:
-                if self.sent_until < 0:
+                if self.sent_until is None:
                     self.sent_until = self.sink.connect()
                 self._send()
                 if closing:
@@ -121,18 +133,23 @@ class Tracker:
                     time.sleep(CLOSING_PAUSE)
 
     def _send(self) -> None:
-        for records in _batches(self._pending()):
+        for records in _batches(self._unsent()):
             self.sink.send(records)
-            self.sent_until = records[-1].step
-
-    def _pending(self) -> list[StepRecord]:
-        """Records after `sent_until`, in order; from the log where the queue no longer has them."""
-        queued = [record for record in list(self._queue) if record.step > self.sent_until]
-        if (queued[0].step if queued else self._newest + 1) > self.sent_until + 1:
-            queued = [record for record in read_records(self.run.storage, self.sent_until) if record.step > 0]
-        while self._queue and self._queue[0].step <= self.sent_until:
+            self.sent_until = records[-1].order
+        self._caught_up = True
+        while self._queue and self._queue[0].order <= (self.sent_until or NOTHING):
             self._queue.popleft()
-        return queued
+
+    def _unsent(self) -> list[StepRecord]:
+        """Records after `sent_until`, in order; from the log where the queue does not have them all."""
+        sent = self.sent_until or NOTHING
+        queued = [record for record in list(self._queue) if record.order > sent]
+        if self._caught_up and (not queued or queued[0].order == (*sent[:2], sent[2] + 1)):
+            return queued
+        logged = [record for record in read_records(self.run.storage) if record.order > sent]
+        # An object store has the log of some seconds ago.
+        last = logged[-1].order if logged else sent
+        return logged + [record for record in queued if record.order > last]
 
 
 class MlflowSink:
@@ -142,19 +159,35 @@ class MlflowSink:
 
     Args:
         settings: the resolved experiment as plain values: parameters of the run, and experiment.yaml.
+        training: this process trains, so that its environment is the run's; otherwise what the run's directory says.
     """
 
-    def __init__(self, run: RunDirectory, config: TrackingConfig, settings: Mapping[str, Any], version: str) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: TrackingConfig,
+        settings: Mapping[str, Any],
+        version: str,
+        *,
+        training: bool = False,
+    ) -> None:
         self.run, self.config, self.settings, self.version = run, config, settings, version
+        self._training = training
+        self._checkpoint = ""  # last told of
+        self._looked = -math.inf  # for checkpoints, when
         self.uri = tracking_uri(config, run)
         self._client: Any = None
         self._stages: Any = None
         self._run_id = ""
+        self._last_step = 0  # sent
 
-    def connect(self) -> int:
+    def connect(self) -> Order:
         from . import mlflow_client
         from .mlflow_stages import StageRuns
 
+        if self._training:
+            self.run.storage.write_text(ENVIRONMENT_FILE, describe_environment())
+            self._training = False  # it does not change
         self._client = mlflow_client.connect(self.uri)
         known = self.run.read_info().get("mlflow", {})
         found = None
@@ -167,20 +200,39 @@ class MlflowSink:
         mlflow_client.describe(self._client, found, self.settings, self.run, self.version)
         scheduled = bool(self.settings.get("data", {}).get("schedule"))
         self._stages = StageRuns(self._client, self.run, found, scheduled=scheduled)
-        return int(found.data.metrics.get("step", 0))
+        sent_until = mlflow_client.sent_until(found)
+        self._last_step = sent_until[2]
+        return sent_until
 
     def send(self, records: list[StepRecord]) -> None:
         from . import mlflow_client
 
         self._stages.send(records)
-        mlflow_client.log_records(self._client, self._run_id, records)
+        tags = {}
+        for record in records:
+            if record.step <= self._last_step:
+                tags = {mlflow_client.REWOUND_TAG: str(record.step - 1)}
+            self._last_step = record.step
+        mlflow_client.log_records(self._client, self._run_id, records, tags)
+        if time.monotonic() - self._looked > CHECKPOINT_INTERVAL:
+            self._tag_checkpoint()
 
     def finish(self, records: list[StepRecord], status: str) -> None:
         from . import mlflow_client
 
-        mlflow_client.log_loss_curve(self._client, self._run_id, records)
+        self._tag_checkpoint()
+        mlflow_client.log_curves(self._client, self._run_id, records)
         self._stages.finish(status)
         self._client.set_terminated(self._run_id, status)
+
+    def _tag_checkpoint(self) -> None:
+        from . import mlflow_client
+
+        self._looked = time.monotonic()
+        newest = next((found for found in reversed(list_checkpoints(self.run)) if found.committed), None)
+        if newest is not None and newest.name != self._checkpoint:
+            mlflow_client.tag_checkpoint(self._client, self._run_id, newest)
+            self._checkpoint = newest.name
 
 
 def tracking_uri(config: TrackingConfig, run: RunDirectory) -> str:
@@ -198,7 +250,7 @@ def send_all(run: RunDirectory, config: TrackingConfig, settings: Mapping[str, A
     """
     sink = MlflowSink(run, config, settings, version)
     after = sink.connect()
-    missing = list(read_records(run.storage, after))
+    missing = [record for record in read_records(run.storage) if record.order > after]
     for records in _batches(missing):
         sink.send(records)
     records = list(read_records(run.storage))

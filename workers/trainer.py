@@ -11,17 +11,18 @@ import threading
 import time
 from dataclasses import asdict, replace
 
-import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..data import Batch, Corpus, Stage
-from ..models import Losses, build_model
+from ..models import DropoutKey, Losses, build_model
 from ..parallel import CanonicalModel, CommunicationLedger, Mesh, SequenceShard, clip_gradients
 from .checkpoint import Checkpointer, gloo_group
+from .checkpoint_policy import CheckpointTimer
 from .communication import write_communication
+from .exchange import StepExchange
 from .experiment import Experiment
+from .liveness import alive
 from .manifest import Manifest, NoCheckpoint
 from .metrics import StepRecord
 from .optimization import ShardedAdamW, learning_rate
@@ -68,6 +69,7 @@ class Trainer:
         self.stop = stop or threading.Event()
         self.first = mesh.rank == 0
         self.step_count, self.tokens, self.position = 0, 0, 0
+        self._start_number, self._rewinds = 0, 0  # of this start, on the first process
         self.last_record: StepRecord | None = None
         self.validation_loss: float | None = None
         self.ledger = CommunicationLedger()
@@ -81,11 +83,14 @@ class Trainer:
         self.canonical = CanonicalModel(self.model, tiles, mesh.sequence_group) if tiles else None
         self.optimizer = ShardedAdamW(self.model, experiment.train)
         self.checkpointer = Checkpointer(run, experiment.checkpoint, self.model, self.optimizer)
+        self.checkpoint_timer = CheckpointTimer(experiment.checkpoint)
+        self.checkpoint_due = False  # after the last step
         self._control = gloo_group()
+        self._exchange = StepExchange(mesh, self.ledger, self._control)
         data = experiment.data
         self.bad_batches = BadBatches(run, experiment.recovery, data.context, data.batch, self._control)
-        self._process = psutil.Process()
         self._bounds = mesh.shard(experiment.data.context)
+        self._compared = False  # whether the processes have compared their messages, as they do in the first step
         share = {"data_rank": mesh.data_rank, "data_size": mesh.data_size}
         slice_ = (self._bounds.start, self._bounds.stop)
         self.loader = experiment.data.training(self.corpus, seed=experiment.seed, bounds=slice_, **share)
@@ -104,6 +109,7 @@ class Trainer:
             if manifest.corpus != self._fingerprint:
                 self.reporter.noted(f"data.corpus={self.corpus.name} is not what the checkpoint was trained on")
             self.run.metrics.rewind(manifest.step)
+            self._rewinds += 1
 
     def train(self) -> bool:
         """Makes the stage's steps that are left, and a checkpoint; False when asked to stop before the run's end.
@@ -121,9 +127,13 @@ class Trainer:
                 self.run.metrics.rewind(0)  # of an earlier start that left no checkpoint
             data = self.experiment.data
             place = {"step": self.step_count, "context": data.context, "batch": data.batch}
-            self.run.record_start(**place, workers=self.mesh.world_size, parallel=asdict(self.mesh.degrees))
+            mesh = {"workers": self.mesh.world_size, "parallel": asdict(self.mesh.degrees)}
+            left_out = {"skipped_shards": list(self.corpus.skipped)} if self.corpus.skipped else {}
+            self._start_number, self._rewinds = self.run.record_start(**place, **mesh, **left_out), 0
             self.reporter.started(self._start())
         saved, stopping, counted = self.step_count, False, False
+        with_checkpoints = self.experiment.checkpoint.keep_best > 0
+        self.checkpoint_timer.restart()
         try:
             while self.stage.first <= self.step_count < self.stage.last and not stopping:
                 try:
@@ -135,16 +145,18 @@ class Trainer:
                 if not counted:
                     write_communication(self.run, self.ledger, self.step_count, self._control)
                     counted = True
-                if self._due(self.experiment.train.validate_every) or self.step_count == self.stage.last:
+                validating = self._due(self.experiment.train.validate_every) or self.step_count == self.stage.last
+                if validating or (with_checkpoints and self.checkpoint_due):
                     self.validation_loss = self.validate()
                     record = replace(record, validation_loss=self.validation_loss)
                 self._log(record)
-                if self._due(self.experiment.checkpoint.every):
+                if self.checkpoint_due:
                     self.save(wait=not self.experiment.checkpoint.asynchronous)
                     saved = self.step_count
             if saved != self.step_count:
                 self.save(wait=True)
             self.checkpointer.wait()
+            self._pass_on_notes()
         except Exception:
             # What is being written beside training is of a step that was good.
             with contextlib.suppress(Exception):
@@ -183,25 +195,25 @@ class Trainer:
         step_tokens = self.experiment.data.context * self.experiment.data.batch
         self.tokens += step_tokens
         seconds = time.perf_counter() - began
-        shares = self.ledger.seconds_waited / seconds, reading / seconds
-        wait_share, data_share, memory, sent, stopping = self._exchange(*shares)
+        time_is_up = self.checkpoint_timer.time_is_up()
+        shared = self._exchange(seconds, reading, stop=self.stop.is_set(), time_is_up=time_is_up)
+        self.checkpoint_due = self.checkpoint_timer.due(self.step_count, shared.time_is_up)
         record = StepRecord(
             step=self.step_count,
             loss=loss,
             validation_loss=None,
             tokens=self.tokens,
             tokens_per_second=step_tokens / seconds,
-            wait_share=wait_share,
-            data_share=data_share,
-            memory=memory,
             learning_rate=rate,
             grad_norm=norm,
             seconds=seconds,
-            bytes_sent=sent,
             auxiliary_loss=float(losses.routers.detach()),
             time=time.time(),
+            start=self._start_number,
+            rewinds=self._rewinds,
+            **shared.measures._asdict(),
         )
-        return record, stopping
+        return record, shared.stop
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -211,12 +223,14 @@ class Trainer:
         for batch in self.validation:
             total += float(self._losses(batch).cross_entropy) * batch.num_targets
             count += batch.num_targets
+            alive()
         self.model.train()
         return total / max(1, count)
 
     def save(self, *, wait: bool = True) -> None:
         """Writes a checkpoint of this moment; see `Checkpointer.save`."""
-        data = self.experiment.data
+        data, record = self.experiment.data, self.last_record
+        measured = record.validation_loss if record is not None and record.step == self.step_count else None
         progress = Manifest(
             step=self.step_count,
             tokens=self.tokens,
@@ -229,9 +243,17 @@ class Trainer:
             created=timestamp(),
             code_version=code_version(),
             files={},
+            validation_loss=measured,
         )
         self.checkpointer.save(progress, wait=wait)
+        self._pass_on_notes()
+        self.checkpoint_timer.restart()
         self.bad_batches.progressed()
+
+    def _pass_on_notes(self) -> None:
+        notes = self.checkpointer.take_notes()
+        for line in notes if self.first else []:
+            self.reporter.noted(line)
 
     def _go_past(self, bad: BadLoss) -> None:
         """Leaves a bad batch out for good, and rolls back first if that is asked for. TrainingError: too often."""
@@ -251,41 +273,29 @@ class Trainer:
         """The losses of a batch; with `backward` the parameters' gradients too."""
         tokens_BT, targets_BT = (tensor.to(self.mesh.device) for tensor in (batch.tokens_BT, batch.targets_BT))
         context = self.experiment.data.context
+        first_row = self.mesh.data_rank * len(tokens_BT)
+        dropout_key = DropoutKey(self.experiment.seed, self.step_count, first_row) if backward else None
 
         def compute(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard) -> Losses:
-            losses = model(tokens_BT, targets_BT, shard)
+            losses = model(tokens_BT, targets_BT, shard, dropout_key)
             if backward:
                 losses.total.backward()
             return losses
 
         if self.canonical is None:
-            return compute(
-                self.model, tokens_BT, targets_BT, self.mesh.shard(context, batch.document_starts, self.ledger)
-            )
+            shard = self.mesh.shard(context, batch.document_starts, self.ledger, checked=not self._compared)
+            self._compared = True
+            return compute(self.model, tokens_BT, targets_BT, shard)
         losses = self.canonical.run(compute, tokens_BT, targets_BT, context, batch.document_starts, self.ledger)
         if backward:
             self.canonical.collect_gradients()
         return losses
 
-    def _exchange(self, wait_share: float, data_share: float) -> tuple[float, float, int, int, bool]:
-        """Over all processes: mean share of waiting, largest share of waiting for data, largest memory, bytes sent,
-        whether anyone wants to stop.
-        """
-        on_gpu = self.mesh.device == "cuda"
-        memory = torch.cuda.max_memory_allocated() if on_gpu else self._process.memory_info().rss
-        sent = self.ledger.totals().bytes_sent
-        shares = [wait_share, data_share]
-        own = torch.tensor([*shares, float(memory), float(sent), float(self.stop.is_set())], dtype=torch.float64)
-        everyone: list[Tensor] = [torch.empty_like(own) for _ in range(self.mesh.world_size)]
-        dist.all_gather(everyone, own, group=self._control)
-        values = torch.stack(everyone)
-        highest, total = values.amax(0).tolist(), values.sum(0).tolist()
-        wait_share = total[0] / self.mesh.world_size
-        return wait_share, highest[1], int(highest[2]), int(total[3]), bool(highest[4])
-
     def _log(self, record: StepRecord) -> None:
         self.last_record = record
-        if self.first:
+        if self.first and self.run.lost():
+            self.stop.set()  # all leave after the next step, and learn why where they would save
+        elif self.first:
             self.run.metrics.append(record)
             self.reporter.stepped(record)
             if self.tracker is not None:

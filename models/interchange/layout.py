@@ -31,6 +31,7 @@ NOT_COMPARED = {
     "feed_forward",
     "init_std",
     "embedding_std",
+    "embedding_dropout",
     "head_gain",
     "recompute",
     "logit_pull",

@@ -25,11 +25,15 @@ SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request ra
 
 @dataclass
 class Fault:
-    """`amount`: seconds of delay, or bytes before a drop. `left`: how often it strikes yet; None: until healed."""
+    """`amount`: seconds of delay, or bytes before a drop. `left`: how often it strikes yet; None: until healed.
+
+    `lasts`: seconds from the first time that it strikes until it is healed.
+    """
 
     kind: Literal["none", "refuse", "delay", "throttle", "drop", "hang"] = "none"
     amount: float = 0.0
     left: int | None = None
+    lasts: float | None = None
 
 
 class FaultProxy:
@@ -58,9 +62,9 @@ class FaultProxy:
         self._listener.close()
         self._reset_all()
 
-    def delay(self, seconds: float) -> None:
-        """Every piece of an answer comes so much later."""
-        self._set(Fault("delay", seconds))
+    def delay(self, seconds: float, lasts: float | None = None) -> None:
+        """Every piece of an answer comes so much later; from the first one on for `lasts` seconds."""
+        self._set(Fault("delay", seconds, lasts=lasts))
 
     def throttle(self, times: int | None = None) -> None:
         """HTTP requests are answered with 503 SlowDown."""
@@ -71,9 +75,12 @@ class FaultProxy:
         """Connections are reset once so many bytes have gone through them, to or fro."""
         self._set(Fault("drop", after, times))
 
-    def hang(self) -> None:
-        """Nothing passes and nothing is closed, as over a link that is cut; what was sent arrives once it is healed."""
-        self._set(Fault("hang"))
+    def hang(self, lasts: float | None = None) -> None:
+        """Nothing passes and nothing is closed, as over a link that is cut; what was sent arrives once it is healed.
+
+        That is `lasts` seconds after something was to pass.
+        """
+        self._set(Fault("hang", lasts=lasts))
 
     def heal(self) -> None:
         """Everything passes again."""
@@ -82,6 +89,13 @@ class FaultProxy:
         if refused:
             self._listener = socket.create_server((self.host, self.port))
             self._listen()
+
+    def heal_after(self, seconds: float) -> None:
+        """Heals the fault that is now, unless another one, or none, has come in its place by then."""
+        fault = self._fault
+        timer = threading.Timer(seconds, lambda: self._fault is fault and self.heal())
+        timer.daemon = True
+        timer.start()
 
     def close(self) -> None:
         self.heal()
@@ -106,6 +120,9 @@ class FaultProxy:
                 return False
             if self._fault.left is not None:
                 self._fault.left -= 1
+            if self._fault.lasts is not None:
+                self.heal_after(self._fault.lasts)
+                self._fault.lasts = None
             self.faults += 1
             return True
 
@@ -142,11 +159,11 @@ class FaultProxy:
             while block := source.recv(CHUNK):
                 fault = self._fault
                 if fault.kind == "hang":
-                    self.faults += 1
+                    self._strike()
                     with self._changed:
                         self._changed.wait_for(lambda: self._fault.kind != "hang")
                 elif fault.kind == "delay" and answers:
-                    self.faults += 1
+                    self._strike()
                     time.sleep(fault.amount)
                 elif fault.kind == "drop" and passed + len(block) > fault.amount and self._strike():
                     target.sendall(block[: max(0, int(fault.amount) - passed)])

@@ -37,6 +37,7 @@ def starve(process: psutil.Process) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_worker_without_memory_is_replaced(tmp_path: Path) -> None:
     write_config(tmp_path)

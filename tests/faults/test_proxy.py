@@ -94,5 +94,16 @@ def test_what_hangs_arrives_once_healed(proxy: FaultProxy) -> None:
     proxy.hang()
     with pytest.raises(TimeoutError):
         get(proxy, timeout=0.2)
-    threading.Timer(0.3, proxy.heal).start()
+    proxy.hang(lasts=0.3)
+    began = time.monotonic()
     assert get(proxy) == (200, BODY)
+    assert time.monotonic() - began > 0.3
+
+
+def test_healing_later_is_for_the_fault_of_now_alone(proxy: FaultProxy) -> None:
+    proxy.hang()
+    proxy.heal_after(0.1)
+    proxy.refuse()
+    time.sleep(0.3)
+    with pytest.raises(ConnectionRefusedError):
+        get(proxy)

@@ -1,50 +1,36 @@
-"""Checkpoints and shard reads over a store that fails for a while: nothing is lost or corrupt; for good: one line."""
+"""Checkpoints over a store that fails for a while: nothing is lost or corrupt; for good: one line, and in time."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from botocore.exceptions import ClientError, ReadTimeoutError
+from s3fs import S3FileSystem
+from s3fs.errors import translate_boto_error
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from longstride.data import Corpus, CorpusError, SequenceLoader, object_store, prepare
-from longstride.data import storage as data_storage
+from longstride.data import StoreUnavailable, object_store
+from longstride.data.storage import open_filesystem
 from longstride.workers.checkpoint import CheckpointError
 from longstride.workers.dcp_storage import digest_file
 from longstride.workers.manifest import list_checkpoints
 from longstride.workers.run_directory import find_run
-from longstride.workers.storage import Storage, StorageError
+from longstride.workers.storage import Storage, StorageError, StorageUnavailable
 from longstride.workers.trainer import Trainer
 
 from ..distributed import run_ranks
 from ..workers.tiny import make_trainer, tiny_experiment
 from .conftest import SECRET, forget_connections
 from .proxy import FaultProxy
-
-OUTAGE = 0.5
-
-
-def refuse(proxy: FaultProxy) -> None:
-    proxy.refuse()
-    threading.Timer(OUTAGE, proxy.heal).start()
-    proxy.faults += 1
-
-
-# What happens to the store, by name. All pass, or can be lived with.
-FAULTS: dict[str, Callable[[FaultProxy], None]] = {
-    "refuses": refuse,
-    "delays": lambda proxy: proxy.delay(0.02),
-    "throttles": lambda proxy: proxy.throttle(times=2),
-    "drops": lambda proxy: proxy.drop(after=5_000, times=2),
-}
+from .store_faults import FAULTS, hurry
 
 
 @contextmanager
@@ -69,6 +55,7 @@ def tensors(trainer: Trainer) -> dict[str, Tensor]:
 def save_and_load(rank: int, world_size: int, moto: tuple[str, int]) -> dict[str, tuple[int, int, bool, list[str]]]:
     """A checkpoint written, verified and loaded while the store fails in each way; what became of it."""
     outcomes = {}
+    hurry()
     with own_proxy(moto) as proxy:
         trainer, again = trainer_of(rank, world_size, "run"), trainer_of(rank, world_size, "run")
         for step, (name, fault) in enumerate(FAULTS.items(), start=1):
@@ -92,7 +79,7 @@ def test_a_checkpoint_is_whole_whatever_the_store_does(moto: tuple[str, int], st
     for outcomes in run_ranks(save_and_load, 2, moto):
         assert outcomes.keys() == FAULTS.keys()
         for saving, loading, same, problems in outcomes.values():
-            assert saving > 0 and loading > 0, "the fault struck"
+            assert saving > 0 and loading > 0, f"the fault struck: {outcomes}"
             assert same
             assert problems == []
 
@@ -104,7 +91,7 @@ def meet_a_dead_store(rank: int, world_size: int, moto: tuple[str, int]) -> list
         trainer = trainer_of(rank, world_size, "dead")
         trainer.step()
         trainer.save()
-        object_store.PATIENCE_SECONDS, object_store.PatientS3FileSystem.retries = 0.5, 2
+        object_store.PATIENCE_SECONDS = 0.5
         trainer.step()
         for attempt in (trainer.save, trainer.restore):
             if rank == 1:
@@ -121,17 +108,18 @@ def meet_a_dead_store(rank: int, world_size: int, moto: tuple[str, int]) -> list
 
 
 def without_another_try(rank: int, world_size: int, moto: tuple[str, int]) -> list[str]:
-    """What becomes of a save and a load under faults that are over after two requests."""
+    """What becomes of a save and a load under each fault."""
     messages = []
+    hurry()
     with own_proxy(moto) as proxy:
         trainer = trainer_of(rank, world_size, "control")
         trainer.step()
         trainer.save()
         trainer.step()
-        object_store.PATIENCE_SECONDS, object_store.PatientS3FileSystem.retries = 0.0, 1
-        for fault in ("throttles", "drops"):
+        object_store.PATIENCE_SECONDS = 0.0
+        for fault in FAULTS.values():
             for attempt in (trainer.save, trainer.restore):
-                FAULTS[fault](proxy)
+                fault(proxy)
                 with pytest.raises(CheckpointError) as caught:
                     attempt()
                 messages.append(str(caught.value))
@@ -145,7 +133,7 @@ def test_without_another_try_the_same_faults_stop_a_checkpoint(moto: tuple[str, 
     """The control: it is the tries that save the checkpoints above."""
     first, second = run_ranks(without_another_try, 2, moto)
     assert first == second, "all processes stop with the same line"
-    assert len(first) == 4
+    assert len(first) == 2 * len(FAULTS)
     assert all("control" in message or "step-00000002" in message for message in first), first
 
 
@@ -175,58 +163,76 @@ def test_a_command_that_meets_a_dead_store_is_one_line(store: FaultProxy, monkey
         Storage("s3://bucket").exists("any")
 
 
-@pytest.fixture
-def corpus(store: FaultProxy, tmp_path: Path) -> tuple[Corpus, Corpus]:
-    """The same corpus in the store and on the disk."""
-    for number in range(8):
-        (tmp_path / f"{number}.txt").write_text(f"Document {number} says {number * number}.\n" * 400)
-    prepare(f"{tmp_path}/*.txt", str(tmp_path / "out"), part_bytes=20_000)
-    prepare(f"{tmp_path}/*.txt", "s3://bucket/corpus", part_bytes=20_000)
-    return Corpus.open("s3://bucket/corpus"), Corpus.open(str(tmp_path / "out"))
+def read(storage: Storage) -> None:
+    storage.read_text("small")
 
 
-def batches(corpus: Corpus, number: int = 6) -> list[Tensor]:
-    """Large enough to be cut in the middle."""
-    with SequenceLoader(corpus, 8192, 2, seed=0) as loader:
-        return [batch.tokens_BT for batch in itertools.islice(loader, number)]
+def upload(storage: Storage) -> None:
+    """More than the system's buffers hold: the store stops taking it in the middle."""
+    with storage.explained("large"), storage.open("large", "wb") as stream:
+        stream.write(bytes(40 << 20))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_tokens_are_the_same_whatever_the_store_does(
-    store: FaultProxy, corpus: tuple[Corpus, Corpus], fault: str
+# The system notices only now and then that what it holds is not taken.
+@pytest.mark.parametrize(("operation", "limit"), [(read, 4.5), (upload, 7.0)])
+def test_a_store_that_never_answers_is_given_up_in_time(
+    store: FaultProxy, monkeypatch: pytest.MonkeyPatch, operation: Callable[[Storage], None], limit: float
 ) -> None:
-    store.faults = 0
-    FAULTS[fault](store)
-    found = batches(corpus[0])
-    assert store.faults > 0
-    assert all(map(torch.equal, found, batches(corpus[1])))
-
-
-def test_shards_that_stay_away_are_one_clear_stop(
-    store: FaultProxy, corpus: tuple[Corpus, Corpus], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(object_store, "PATIENCE_SECONDS", 1.0)
-    store.refuse()
-    with pytest.raises(
-        CorpusError, match=r"cannot read s3://bucket/corpus/\S+: Could not connect .*given up"
-    ) as caught:
-        batches(corpus[0])
-    assert "\n" not in str(caught.value)
+    """Patience bounds all that goes on below it: of 2 s with tries of 0.7 s, it ends with the first try after 2 s."""
+    monkeypatch.setattr(object_store, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(object_store, "ANSWER_SECONDS", 0.7)
+    forget_connections()
+    storage = Storage("s3://bucket/dir")
+    storage.write_text("small", "text")
+    store.hang()
+    began = time.monotonic()
+    with pytest.raises(StorageUnavailable, match=r"\(given up after [2-6] s\)") as caught:
+        operation(storage)
+    assert 2.0 <= time.monotonic() - began < limit
+    assert "\n" not in str(caught.value) and isinstance(caught.value, StoreUnavailable)
+    assert str(caught.value.filename).startswith("s3://bucket/dir")
     store.heal()
-    assert all(map(torch.equal, batches(corpus[0]), batches(corpus[1]))), "the same loader settings read on"
+    assert storage.read_text("small") == "text"
 
 
-@pytest.mark.parametrize("fault", ["throttles", "drops"])
-def test_without_another_try_the_same_faults_are_final(
-    store: FaultProxy, corpus: tuple[Corpus, Corpus], fault: str, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_is_written_is_waited_for_as_long_as_one_that_is_read(store: FaultProxy) -> None:
+    """s3fs's files have a door of their own to the store."""
+    storage = Storage("s3://bucket/dir")
+    with storage.open("file", "wb") as stream:
+        stream.write(b"content")
+        store.refuse()
+        store.heal_after(3)  # longer than s3fs itself would try
+    assert storage.read_text("file") == "content"
+
+
+@pytest.mark.parametrize("completed", [True, False])
+def test_a_completion_whose_answer_is_lost_counts(
+    store: FaultProxy, monkeypatch: pytest.MonkeyPatch, completed: bool
 ) -> None:
-    """The control: it is the tries that save the reads above."""
-    monkeypatch.setattr(object_store, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(object_store.PatientS3FileSystem, "retries", 1)
-    monkeypatch.setattr(data_storage, "_WAITS", ())
-    FAULTS[fault](store)
-    with pytest.raises(CorpusError):
-        batches(corpus[0])
+    """The second try finds no upload any more: the object says whether the first one did it."""
+    original, lost = S3FileSystem._call_s3, []
+    gone: Any = {"Error": {"Code": "NoSuchUpload", "Message": "gone"}, "ResponseMetadata": {"HTTPStatusCode": 404}}
+
+    async def call(self: S3FileSystem, method: str, *arguments: Any, **named: Any) -> Any:
+        if method == "complete_multipart_upload":
+            if lost:  # S3's answer, where moto's server has an error of its own
+                raise translate_boto_error(ClientError(gone, "CompleteMultipartUpload"))
+            if completed:
+                await original(self, method, *arguments, **named)
+            lost.append(method)
+            raise ReadTimeoutError(endpoint_url=store.url)
+        return await original(self, method, *arguments, **named)
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", call)
+    content = bytes(range(256)) * (11 << 12)
+    filesystem, _ = open_filesystem("s3://bucket")
+    if completed:
+        filesystem.pipe_file("bucket/large", content, chunksize=5 << 20)
+        assert filesystem.cat_file("bucket/large") == content
+    else:
+        with pytest.raises(FileNotFoundError):
+            filesystem.pipe_file("bucket/large", content, chunksize=5 << 20)
+    assert lost
 
 
 @pytest.mark.slow

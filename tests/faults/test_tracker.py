@@ -20,7 +20,7 @@ import pytest
 
 from longstride.workers import RunDirectory, create_run, train_process
 from longstride.workers.metrics import StepRecord, read_records
-from longstride.workers.mlflow_client import METRICS
+from longstride.workers.mlflow_client import METRICS, SYSTEM_METRICS, values
 from longstride.workers.reporting import Silent, Summary
 
 from ..distributed import PRELOAD
@@ -121,7 +121,7 @@ def train(directory: Path, uri: str) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=[pytest.mark.slow, pytest.mark.soak])])
 def test_a_killed_server_loses_no_metric_and_delays_no_step(server: Server, tmp_path: Path, kills: int) -> None:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -145,9 +145,9 @@ def test_a_killed_server_loses_no_metric_and_delays_no_step(server: Server, tmp_
 
     run = RunDirectory(str(tmp_path / "tiny"))
     found, run_id = list(read_records(run.storage)), run.read_info()["mlflow"]["run_id"]
-    for name in METRICS:
-        values = [(record.step, float(getattr(record, name))) for record in found if getattr(record, name) is not None]
-        assert history(server, run_id, name) == values, name
+    for name in [*METRICS, *SYSTEM_METRICS]:
+        expected = [(record.step, values(record)[name]) for record in found if name in values(record)]
+        assert history(server, run_id, name) == expected, name
     steps: list[tuple[float, float, float]] = json.loads((tmp_path / "steps.json").read_text())
     without = [step for step in steps if any(start < step[0] < stop + 2 for start, stop in down)]
     assert len(without) > 20

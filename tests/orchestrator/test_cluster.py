@@ -89,7 +89,32 @@ def wait_for_start(run: Path, number: int) -> None:
     wait_until(lambda: starts(run) >= number, f"start {number}")
 
 
+def test_a_job_over_two_nodes_survives_a_killed_worker(nodes: Nodes, place: Path) -> None:
+    """In short what the next test shows at length."""
+    run = place / "runs" / "short"
+    job = submit(nodes, "run.name=short", directory=place)
+    wait_for_step(run, 12)
+    nodes.worker(TWO).kill()
+    wait_for_start(run, 2)
+    wait_for_step(run, info(run)["starts"][1]["step"] + 5)
+    outcome = command(nodes, "stop", job, directory=place)
+    assert (outcome.code, outcome.stdout) == (0, f"job {job}: stopped\n"), outcome.stderr
+    with undisturbed(place) as peace:
+        compare(run, peace, same_mesh=recorded(run))
+
+    assert (run / f"checkpoints/step-{recorded(run):08d}/manifest.json").exists(), "a stop leaves a checkpoint"
+    log = command(nodes, "logs", job, directory=place).stdout
+    assert f"{ONE}  0      0, in part" in log
+    assert f"{TWO}  1      0, in part" in log
+    (cause,) = (entry["cause"] for entry in info(run)["failures"])
+    assert "worker 1" in cause and "died: killed from outside" in cause
+    first, second = info(run)["starts"]
+    assert (first["workers"], second["workers"]) == (2, 2)
+    assert second["step"] > 0 and f"{cause}; going on from step {second['step']}" in log
+
+
 @pytest.mark.slow  # two to three minutes of two cores; `make test` must stay under twelve
+@pytest.mark.soak
 def test_a_job_goes_on_whatever_happens_to_its_workers_and_nodes(nodes: Nodes, place: Path) -> None:
     """A worker killed, a worker stopped, a node lost, a node added: the losses stay those of the undisturbed run."""
     run = place / "runs" / "disturbed"
@@ -99,8 +124,10 @@ def test_a_job_goes_on_whatever_happens_to_its_workers_and_nodes(nodes: Nodes, p
         wait_for_step(run, 15)
         nodes.worker(TWO).kill()
         wait_for_start(run, 2)
+        wait_for_step(run, info(run)["starts"][1]["step"] + 15)
         suspend(nodes.worker(ONE))
         wait_for_start(run, 3)
+        wait_for_step(run, info(run)["starts"][2]["step"] + 15)
         nodes.lose(TWO)
         wait_for_start(run, 4)
         nodes.add(TWO)
@@ -122,6 +149,7 @@ def test_a_job_goes_on_whatever_happens_to_its_workers_and_nodes(nodes: Nodes, p
 
 
 @pytest.mark.slow  # as long again
+@pytest.mark.soak
 def test_a_stopped_job_and_a_lost_driver_are_taken_up_again(nodes: Nodes, place: Path) -> None:
     run = place / "runs" / "again"
     with undisturbed(place) as peace:

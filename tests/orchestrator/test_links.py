@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .test_cluster import command, compare, info, recorded, submit, undisturbed,
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.soak,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not allowed(), reason="network namespaces need root and iproute2"),
 ]
@@ -47,8 +49,9 @@ def test_a_job_goes_on_when_a_link_is_cut_and_when_a_node_is_drained(nodes: Node
         nodes.add(TWO)
         wait_for_start(run, 3)
         wait_for_step(run, info(run)["starts"][2]["step"] + 5)
-        nodes.drain(TWO, seconds=300)
+        told, began = nodes.preempt(TWO), time.monotonic()
         wait_for_start(run, 4)
+        assert told.wait(60) is not None and time.monotonic() - began < 240, "it ends once the run has left it"
         nodes.add(THREE)
         wait_for_start(run, 5)
         wait_for_step(run, info(run)["starts"][4]["step"] + 5)

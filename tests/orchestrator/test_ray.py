@@ -99,6 +99,7 @@ def _head(address: str, home: Path, temporary: str) -> Iterator[subprocess.Popen
     words = ["--head", f"--node-ip-address={host}", f"--port={port}", "--num-cpus=2", "--num-gpus=0"]
     words += ["--include-dashboard=false", f"--temp-dir={temporary}/head", "--block", "--disable-usage-stats"]
     environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}
+    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     head = subprocess.Popen(
         [ray, "start", *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     )

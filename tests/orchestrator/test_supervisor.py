@@ -9,20 +9,32 @@ from typing import Any
 
 import pytest
 
+from longstride.data import CorpusError, StoreUnavailable
 from longstride.orchestrator import supervisor as module
 from longstride.orchestrator.cluster import Resources
 from longstride.orchestrator.failures import Fault, RunFailed, raise_fault
-from longstride.orchestrator.placement import Placement
+from longstride.orchestrator.forecast import forecast
+from longstride.orchestrator.placement import Placement, room
 from longstride.orchestrator.planning import Node, arrange
 from longstride.orchestrator.preparation import Prepared
 from longstride.orchestrator.rendezvous import Rendezvous
 from longstride.orchestrator.stopping import StopRequest
 from longstride.orchestrator.supervisor import Supervisor
+from longstride.orchestrator.tables import amount_of_bytes
 from longstride.parallel import Degrees
 from longstride.workers import Experiment, Summary, create_run
 from longstride.workers.reporting import Silent
+from longstride.workers.storage import StorageError, StorageUnavailable
 
 LOST = RunFailed("worker 1 died", "details", retry=True)
+
+
+class Outage(RunFailed):
+    """A failure that comes with a store that cannot be reached for so many seconds more."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("the store is gone", retry=True)
+        self.seconds = seconds
 
 
 class Script:
@@ -41,14 +53,22 @@ class Script:
         self.resumed: list[bool] = []
         self.clock = 0.0
         self.checkpoint = 0
+        self.room: int | None = None  # bytes for a worker
+        self.store_is_back = 0.0  # until then nobody reaches the run's store
         self.draining: dict[str, int] = {}
         monkeypatch.setattr(module, "usable_nodes", lambda device: self.nodes())
+        monkeypatch.setattr(module, "room", lambda places, device: self.room)
         monkeypatch.setattr(module, "draining", lambda: self.draining)
         monkeypatch.setattr(module, "reserved", self.reserved)
         monkeypatch.setattr(module, "formed", lambda placement: contextlib.nullcontext(self))
-        monkeypatch.setattr(module.Supervisor, "_committed_step", lambda _: self.checkpoint)
+        monkeypatch.setattr(module.Supervisor, "_committed_step", lambda _: self.committed())
         monkeypatch.setattr(module.time, "monotonic", lambda: self.clock)
         monkeypatch.setattr(module.time, "sleep", self.sleep)
+
+    def committed(self) -> int:
+        if self.clock < self.store_is_back:
+            raise StorageUnavailable(5, "could not connect", "s3://bucket/runs/small")
+        return self.checkpoint
 
     def nodes(self) -> list[Node]:
         return [Node("n1", "10.0.0.1", self.places[0], self.places[0])]
@@ -80,6 +100,8 @@ class Script:
         self.next_places()
         if isinstance(attempt, tuple):
             self.checkpoint, attempt = attempt
+        if isinstance(attempt, Outage):
+            self.store_is_back = self.clock + attempt.seconds
         if isinstance(attempt, Exception):
             raise attempt
         if attempt == "watch":
@@ -145,6 +167,8 @@ def test_failures_in_a_row_are_bounded_and_progress_counts(place: Path, monkeypa
         (Fault.from_exception(0, MemoryError("cannot allocate"), ""), True),
         (Fault.from_exception(0, type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), ""), True),
         (Fault(0, "died", "was lost with its node 10.0.0.1"), True),
+        (Fault.from_exception(0, StoreUnavailable("cannot read s3://bucket/shard: given up after 30 s"), ""), True),
+        (Fault.from_exception(0, StorageUnavailable(5, "given up", "s3://bucket/runs/small/run.json"), ""), True),
     ],
 )
 def test_what_is_tried_again(fault: Fault, retry: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +183,25 @@ def test_what_is_tried_again(fault: Fault, retry: bool, place: Path, monkeypatch
             run(script, place)
 
 
+def test_a_store_that_does_not_let_us_in_is_a_mistake() -> None:
+    """It stays so however often it is tried."""
+    for error in (StorageError(5, "access denied", "s3://bucket/runs/small"), CorpusError("no credentials")):
+        with pytest.raises(ValueError, match=r"access denied|no credentials"):
+            raise_fault([Fault.from_exception(0, error, "")], ["process 1"])
+
+
+def test_a_store_that_is_away_after_a_failure_is_waited_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script(monkeypatch, (5, Outage(20)), "finished")
+    heard = run(script, place)
+    assert script.resumed == [False, True]
+    assert 20 <= script.clock < 22
+    assert "s3://bucket/runs/small: could not connect: waiting up to 60 s" in heard.notes
+    assert any("the store is gone; going on from step 5" in note for note in heard.notes)
+    script = Script(monkeypatch, (5, Outage(100)))
+    with pytest.raises(RunFailed, match="the run's store stayed away for 60 s: s3://bucket/runs/small: could not"):
+        run(script, place, "run.name=other")
+
+
 def test_it_shrinks_at_once_and_grows_when_there_is_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script(monkeypatch, (5, LOST), "watch", "finished", places=[4, 3, 2])
     heard = run(script, place)
@@ -166,6 +209,29 @@ def test_it_shrinks_at_once_and_grows_when_there_is_room(place: Path, monkeypatc
     assert "2 of 4 workers have a place: going on as data 1 x sequence 2" in heard.notes
     assert "there is room for 4 workers: writing a checkpoint and growing" in heard.notes
     assert heard.notes[-1] == "1 failures noted", "to move is no failure"
+
+
+def test_a_mesh_that_its_devices_cannot_hold_is_not_taken(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Experiment.load("small.yaml", ["workers=2", "parallel.data=1"])
+    needed = sum(next(forecast(experiment, "cpu")).memory.values())
+    for limit, workers in ((needed, [4, 2]), (needed - 1, [4, 4])):
+        script = Script(monkeypatch, (5, LOST), "finished", places=[4, *[3] * 60, 4])
+        script.room = limit
+        heard = run(script, place, f"run.name=room-{limit}")
+        assert script.workers == workers
+        said = f"2 of 4 workers would need {amount_of_bytes(needed)} a process, and there is {amount_of_bytes(limit)}"
+        assert (f"{said}: waiting up to 60 s" in heard.notes) == (limit < needed)
+    script = Script(monkeypatch, (5, LOST), places=[4, 3])
+    script.room = needed - 1
+    with pytest.raises(RunFailed, match="no room within 60 s: 2 of 4 workers would need"):
+        run(script, place, "run.name=small")
+
+
+def test_room_is_shared_by_the_workers_of_a_node() -> None:
+    one, two = Node("n1", "10.0.0.1", 2, 2, memory=30), Node("n2", "10.0.0.2", 1, 1, memory=20)
+    assert room([one, one, two], "cpu") == 15
+    assert room([one, two], "cpu") == 20
+    assert room([Node("n3", "10.0.0.3", 1, 1)], "cpu") is None
 
 
 def test_it_leaves_a_node_that_is_about_to_go(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

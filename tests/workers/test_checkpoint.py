@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from longstride.workers import checkpoint as checkpoint_module
 from longstride.workers.checkpoint import CheckpointError
+from longstride.workers.checkpoint_policy import prune
 from longstride.workers.dcp_storage import DigestingWriter, RestrictedReader
 from longstride.workers.evaluate import load_run
 from longstride.workers.manifest import (
@@ -24,7 +28,6 @@ from longstride.workers.manifest import (
     list_checkpoints,
     new_checkpoint,
     newest_whole,
-    prune,
 )
 from longstride.workers.run_directory import RunDirectory
 from longstride.workers.storage import Storage
@@ -227,6 +230,16 @@ def test_metadata_that_would_run_code_is_refused(run: RunDirectory, capsys: pyte
     assert capsys.readouterr().out == ""
 
 
+def test_an_entry_that_is_no_tensor_is_refused(run: RunDirectory) -> None:
+    """DCP's own reader would hand its bytes to an unrestricted torch.load."""
+    directory = Storage(str(newest(run)))
+    metadata = RestrictedReader(directory).read_metadata()
+    metadata.state_dict_metadata["model.norm.weight"] = BytesStorageMetadata()
+    (newest(run) / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(pickle.UnpicklingError, match=r"asks for .*\.BytesStorageMetadata; it is not loaded"):
+        RestrictedReader(directory).read_metadata()
+
+
 def test_the_writer_digests_what_it_writes_through_a_rename(tmp_path: Path) -> None:
     writer = DigestingWriter(Storage(str(tmp_path)))
     with writer.fs.create_stream(str(tmp_path / "a.tmp"), "wb") as stream:
@@ -270,6 +283,38 @@ def save_beside_training(rank: int, world_size: int, directory: str) -> tuple[bo
 
 def test_an_asynchronous_checkpoint_is_of_its_moment_and_training_goes_on(tmp_path: Path) -> None:
     assert run_ranks(save_beside_training, 2, str(tmp_path)) == [(True, True, True)] * 2
+
+
+def save_behind_a_slow_disk(rank: int, world_size: int, directory: str) -> list[list[str]]:
+    """What is said at three saves after each of which the disk is quick, slow, and quick."""
+    checkpoint_module.LONG_WAIT = 0.3
+    trainer = make_trainer(tiny_experiment(directory, f"workers={world_size}", "checkpoint.every=1", *SPLIT), rank)
+    write, said, gate = trainer.checkpointer._write, list[list[str]](), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        gate.wait(30)
+        write(*arguments)
+
+    for disk in (write, slow, write):
+        notes = Notes()
+        trainer.reporter = notes  # type: ignore[assignment]
+        trainer.checkpointer._write = disk  # type: ignore[method-assign]
+        trainer.step()
+        if said[1:]:
+            threading.Timer(0.6, gate.set).start()
+        trainer.save(wait=False)
+        said.append(notes.notes)
+        if disk is write:
+            trainer.checkpointer.wait()
+    return said
+
+
+def test_a_checkpoint_that_holds_up_the_next_is_said(tmp_path: Path) -> None:
+    first, second = run_ranks(save_behind_a_slow_disk, 2, str(tmp_path))
+    assert first[:2] == [[], []]
+    assert len(first[2]) == 1
+    assert re.fullmatch(r"waited \d\.\d s for the checkpoint before; raise checkpoint\.every", first[2][0])
+    assert second == [[], [], []], "once, by the first process"
 
 
 def fail_to_write(rank: int, world_size: int, directory: str, asynchronous: bool) -> str:

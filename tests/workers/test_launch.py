@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import fsspec
@@ -70,6 +71,13 @@ def test_a_run_from_start_to_resume(tmp_path: Path) -> None:
     history = client.get_metric_history(run_id, "loss")
     assert sorted(item.step for item in history) == list(range(1, 9))
     stored = client.get_run(run_id)
+    assert stored.data.metrics["system/system_memory_usage_megabytes"] > 100
+    assert stored.data.tags["checkpoint"] == f"{run.url}/checkpoints/step-00000008"
+    assert stored.data.tags["checkpoint_step"] == "8"
+    artifacts = {item.path for item in client.list_artifacts(run_id)}
+    assert artifacts == {"environment.txt", "experiment.yaml", "loss.png", "training.png"}
+    assert f"\ntorch=={version('torch')}\n" in run.storage.read_text("environment.txt")
+    assert len(client.search_runs([stored.info.experiment_id])) == 3, "a child for each start"
     assert stored.data.params["model.width"] == "16"
     assert stored.data.tags["changed.train.steps"] == "8"
     assert stored.info.status == "FINISHED"

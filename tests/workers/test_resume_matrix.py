@@ -44,7 +44,9 @@ MESHES = {
     "data 2 x sequence 2, expert 2": mesh(data=2, sequence=2, expert=2),
     "data 2 x sequence 2, expert 4": mesh(data=2, sequence=2, expert=4),
     "replicate 2 x sequence 2, expert 2": mesh(replicate=2, sequence=2, expert=2),
+    "data 2 x sequence 4, expert 4": mesh(data=2, sequence=4, expert=4),
 }
+EIGHT = "data 2 x sequence 4, expert 4"
 SETTINGS = ("model.moe.balance=bias", "model.moe.bias_speed=0.02", "model.hyena.max_length=128")
 CONTEXT, LONGER = 64, 128
 TOLERANCE = 1e-6
@@ -117,7 +119,20 @@ def test_a_few_pairs(tmp_path: Path) -> None:
     assert max(max(values) for values in found.values()) <= TOLERANCE, found
 
 
+def save_and_resume(rank: int, world_size: int, directory: str, name: str, savers: list[str]) -> list[float]:
+    """What `save` gives, and then `resume`."""
+    return [save(rank, world_size, directory, name), *resume(rank, world_size, directory, name, savers, CONTEXT)]
+
+
+def test_one_process_and_eight(tmp_path: Path) -> None:
+    own = run_ranks(save, 1, str(tmp_path), "1")[0]
+    of_eight, grown = run_ranks(save_and_resume, 8, str(tmp_path), EIGHT, ["1"])[0]
+    (shrunk,) = run_ranks(resume, 1, str(tmp_path), "1", [EIGHT], CONTEXT)[0]
+    assert [grown, shrunk] == pytest.approx([own, of_eight], rel=TOLERANCE)
+
+
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_all_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = differences(tmp_path, list(MESHES), list(MESHES))

@@ -9,7 +9,7 @@ import pytest
 
 from longstride.workers import tracking
 from longstride.workers.configuration import ConfigError, validate
-from longstride.workers.metrics import StepRecord
+from longstride.workers.metrics import NOTHING, Order, StepRecord, read_records
 from longstride.workers.run_directory import RunDirectory
 from longstride.workers.tracking import MlflowSink, Tracker, TrackingConfig, send_all
 
@@ -20,19 +20,23 @@ class FakeSink:
     """A server that can be down, or hang."""
 
     def __init__(self, known: int = 0) -> None:
-        self.steps = list(range(1, known + 1))
+        self.records = [record(step) for step in range(1, known + 1)]
         self.down = False
         self.hang = threading.Event()
         self.hang.set()
         self.finished: str | None = None
 
-    def connect(self) -> int:
+    @property
+    def steps(self) -> list[int]:
+        return [item.step for item in self.records]
+
+    def connect(self) -> Order:
         self._answer()
-        return self.steps[-1] if self.steps else 0
+        return self.records[-1].order if self.records else NOTHING
 
     def send(self, records: list[StepRecord]) -> None:
         self._answer()
-        self.steps += [item.step for item in records]
+        self.records += records
 
     def finish(self, records: list[StepRecord], status: str) -> None:
         self._answer()
@@ -85,6 +89,18 @@ def test_what_a_lost_server_missed_is_sent_when_it_is_back(run: RunDirectory, mo
     feed(run, tracker, range(200, 220))
     assert tracker.close() is None
     assert sink.steps == list(range(1, 220))
+
+
+def test_an_object_store_whose_log_lags_behind_loses_nothing(tmp_path: Path) -> None:
+    run = RunDirectory.create(f"memory://{tmp_path.name}", "run", "workers: 1\n")
+    sink = FakeSink()
+    sink.hang.clear()
+    tracker = Tracker(run, sink, interval=0.01)
+    feed(run, tracker, range(1, 31))
+    assert len(list(read_records(run.storage))) < 30, "it is written every ten seconds"
+    sink.hang.set()
+    assert tracker.close() is None
+    assert sink.steps == list(range(1, 31))
 
 
 def test_a_resumed_run_does_not_send_steps_twice(run: RunDirectory) -> None:
@@ -163,42 +179,8 @@ def test_the_embedded_store_holds_everything_and_a_resume_continues_it(run: RunD
     assert stored.data.tags["code_version"] == "0.1.0+def"
     history = client.get_metric_history(known["run_id"], "loss")
     assert sorted((item.step, item.value) for item in history) == [(step, 3.0 / step) for step in range(1, 13)]
-    assert {item.path for item in client.list_artifacts(known["run_id"])} == {"experiment.yaml", "loss.png"}
-
-
-def test_every_stage_and_further_start_has_a_child_run(run: RunDirectory) -> None:
-    """A context that grows after step 4, and an interruption after which steps 6 and 7 were made again."""
-    from mlflow import MlflowClient
-
-    for step in range(1, 11):
-        run.metrics.append(record(step, loss=3.0 / step))
-    for step, context in ((0, 16), (4, 32), (5, 32)):
-        run.record_start(step=step, context=context, batch=64 // context, workers=2, parallel={"data": 2})
-    settings = {"data": {"schedule": "16 for 4 steps"}, "train": {"steps": 10}}
-    assert send_all(run, TrackingConfig(), settings, "0.1.0") == 10
-    assert send_all(run, TrackingConfig(), settings, "0.1.0") == 0, "and no second set of children"
-
-    known = run.read_info()["mlflow"]
-    client = MlflowClient(tracking_uri=known["uri"])
-    experiment = client.get_run(known["run_id"]).info.experiment_id
-    children = client.search_runs(
-        [experiment], f"tags.`mlflow.parentRunId` = '{known['run_id']}'", order_by=["start_time"]
-    )
-    assert {child.info.status for child in children} == {"FINISHED"}
-    found = {
-        child.info.run_name: (
-            child.data.params["context"],
-            child.data.params["parallel.data"],
-            sorted(item.step for item in client.get_metric_history(child.info.run_id, "loss")),
-        )
-        for child in children
-    }
-    assert found == {
-        "run from step 0": ("16", "2", [1, 2, 3, 4]),
-        "run from step 4": ("32", "2", [5]),
-        "run from step 5": ("32", "2", [6, 7, 8, 9, 10]),
-    }
-    assert len(client.get_metric_history(known["run_id"], "loss")) == 10
+    artifacts = {item.path for item in client.list_artifacts(known["run_id"])}
+    assert artifacts == {"experiment.yaml", "loss.png", "training.png"}, "and no environment: nothing trained here"
 
 
 def test_an_unreachable_server_fails_in_seconds(run: RunDirectory) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
+from longstride.parallel import Mesh, SequenceShard, shard_model
 from longstride.workers.evaluate import load_run
 from longstride.workers.metrics import read_records
 from longstride.workers.scoring import score_length
+from longstride.workers.sharded_model import make_sharded_model
 from longstride.workers.trainer import Trainer
 
 from ..distributed import run_ranks
@@ -148,3 +152,26 @@ def test_norms_biases_and_state_space_parameters_do_not_decay(tmp_path: Path) ->
     names = run_ranks(undecayed, 2, str(tmp_path))[0]
     assert {"norm.weight", "blocks.0.mixer.A_log", "blocks.0.mixer.D"} <= names
     assert not any("router" in name or "experts" in name or "embedding" in name for name in names)
+
+
+def plain_and_sharded(rank: int, world_size: int, directory: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Losses and gradients of one process: with parameters as training has them there, and sharded over it."""
+    experiment = tiny_experiment(directory)
+    mesh = Mesh(**asdict(experiment.degrees))
+    plain, sharded = make_sharded_model(experiment, mesh), make_sharded_model(experiment, mesh)
+    shard_model(sharded, mesh, blocks=list(sharded.blocks), experts=sharded.expert_modules())
+    tokens_BT, targets_BT = torch.randint(256, (2, 3, 64), generator=torch.Generator().manual_seed(0))
+    found = []
+    for model in (plain, sharded):
+        losses = model(tokens_BT, targets_BT, SequenceShard.whole(64))
+        losses.total.backward()
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert any(isinstance(grad, DTensor) for grad in grads) == (model is sharded)
+        found.append([losses.total.detach(), *(g.full_tensor() if isinstance(g, DTensor) else g for g in grads)])
+    return found[0], found[1]
+
+
+def test_one_process_needs_no_sharding(tmp_path: Path) -> None:
+    plain, sharded = run_ranks(plain_and_sharded, 1, str(tmp_path))[0]
+    assert len(plain) == len(sharded) > 30
+    assert all(torch.equal(a, b) for a, b in zip(plain, sharded, strict=True))
