@@ -74,7 +74,7 @@ def test_degrees_left_to_themselves(config: str) -> None:
         ("parallel=[1]", "parallel=[1]"),
         ("train.warmup=2000", "train.warmup=2000 leaves nothing of train.steps=1000"),
         ("run.name=../elsewhere", "run.name='../elsewhere' cannot be used"),
-        ("tracking.uri=http://me:hunter2@host", "tracking.uri holds credentials"),
+        ("tracking.uri=http://me:hunter2@host", "tracking.uri=http://***@host holds credentials"),
         ("model.layers='[mamba, mumba]'", "mumba"),
     ],
 )
