@@ -73,7 +73,7 @@ def plan(longest: int) -> Iterator[tuple[str, str, dict[str, int], int]]:
     """(group, case, sizes, repeats)."""
     lengths = [length for length in LENGTHS if length <= longest]
     for length in lengths:
-        repeats = 5 if length <= 16384 else 3 if length <= 65536 else 1
+        repeats = 5 if length <= 65536 else 1
         yield "scan", "scan: ours, portable", {"length": length}, repeats
         yield "scan", "scan: ours, compiled", {"length": length}, repeats
         if length <= 65536:
