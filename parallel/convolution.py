@@ -84,17 +84,15 @@ def convolve(
     *,
     skip: Tensor | None = None,
     input_gate: Tensor | None = None,
-    gate: Tensor | None = None,
     form: str | None = None,
 ) -> Tensor:
-    """y_t = gate_t (sum over s <= t of filter(t - s) v_s + skip v_t), v = input_gate u, in each document: (B, T, D).
+    """y_t = sum over s <= t of filter(t - s) v_s + skip v_t with v = input_gate u, within each document: (B, T, D).
 
     Args:
         u_BTD: this shard's input.
         skip: (D,) the direct term.
-        input_gate, gate: (B, T, D), ones by default. Multiplied here, so that one tensor travels in and one out; for a
-            whole sequence and a filter without end the input's inside the convolution, a block of channels at a time
-            (the output's would have the backward convolve once more, a quarter of its time).
+        input_gate: (B, T, D), ones by default. Multiplied here, so that one tensor travels in and one out; for a whole
+            sequence and a filter without end, inside the convolution, a block of channels at a time.
         form: how it travels; by default what the shard asks for, "auto" choosing the fewest bytes (modal filters and
             short finite ones have one form of their own and keep it, whatever the shard asks for).
             "channels": to a split along channels (all-to-all), by FFT at full length there, and back;
@@ -109,11 +107,9 @@ def convolve(
         ValueError: an unknown form, or one that needs another kind of filter.
     """
     if shard.size == 1 and form in (None, "auto") and not isinstance(filter, FiniteFilter | ModalFilter):
-        y_BTD = _whole(u_BTD, filter, shard, skip, input_gate)
-    else:
-        v_BTD = u_BTD if input_gate is None else input_gate * u_BTD
-        y_BTD = begin_convolve(v_BTD, filter, shard, skip=skip, form=form)()
-    return y_BTD if gate is None else gate * y_BTD
+        return _whole(u_BTD, filter, shard, skip, input_gate)
+    v_BTD = u_BTD if input_gate is None else input_gate * u_BTD
+    return begin_convolve(v_BTD, filter, shard, skip=skip, form=form)()
 
 
 def begin_convolve(

@@ -151,17 +151,10 @@ class Hyena(Mixer):
         before_BWM = projected_halo(self.in_proj, x_BTD, self.conv_weight.shape[1] - 1, shard)
         self.check_length(shard.length)
         *gates, v_BTD = self.streams(streams_BTM, before_BWM, shard)
-        input_gate = gates.pop()
-        for convolution in range(self.order - 1):  # the gate behind one convolution is the one before the next
-            v_BTD = convolve(
-                v_BTD,
-                self.taps(convolution),
-                shard,
-                skip=self.skip[convolution],
-                input_gate=None if convolution else input_gate,
-                gate=gates.pop(),
-            )
-        return self.out_proj(v_BTD.to(streams_BTM.dtype))
+        for convolution in range(self.order - 1):
+            taps, skip_D = self.taps(convolution), self.skip[convolution]
+            v_BTD = convolve(v_BTD, taps, shard, skip=skip_D, input_gate=gates.pop())
+        return self.out_proj((gates.pop() * v_BTD).to(streams_BTM.dtype))
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         streams_BTM, past_BSND = self.in_proj(x_BTD), state["history"]

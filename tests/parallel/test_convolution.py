@@ -94,7 +94,7 @@ def split(rank: int, world: int, length: int, kind: str, form: str, documents: o
     u = local(normal(B, length, D), shard)
     first, last = (local(x, shard) for x in gates(length))
     parameters, skip = parameters_of(kind), normal(D, seed=2).requires_grad_()
-    y = convolve(u, make(kind, parameters), shard, skip=skip, input_gate=first, gate=last, form=form)
+    y = last * convolve(u, make(kind, parameters), shard, skip=skip, input_gate=first, form=form)
     (y * normal(B, length, D, seed=3)[:, shard.start : shard.stop]).sum().backward()
     sent = torch.tensor([row.bytes_sent for row in shard.ledger.by_motion().values()]).sum()
     return y.detach(), u.grad, parameters.grad, skip.grad, sent, first.grad, last.grad  # type: ignore[return-value]
