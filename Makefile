@@ -4,6 +4,7 @@
 #   make test  [ARGS="-k prefix"]         environment with test tools, then every test
 #   make test-full                        with the long ones, but those of `make soak`
 #   make soak                             faults at length: thirty kills, lost nodes, cut links, the resume matrix
+#   make test-s3                          the store's faults against a real S3 server (Ceph's, from Debian's packages)
 #   make test-gpu | bench-gpu             kernels on a GPU: their tests; their times beside peers
 #   make lint | env | bench | constraints | clean
 #
@@ -21,7 +22,7 @@ NONE_SELECTED := 5
 # One thread per process: the tests and the workers run several processes on a few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train env test test-full test-gpu soak lint constraints bench bench-gpu clean
+.PHONY: help train env test test-full test-gpu test-s3 soak lint constraints bench bench-gpu clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -53,6 +54,11 @@ constraints: $(VENV)/.development
 
 bench: $(VENV)/.development
 	$(BIN)/python -m benchmarks.kernels_cpu $(ARGS)
+
+# As root on Debian first: apt-get install --no-install-recommends ceph-mon ceph-osd ceph-common radosgw
+test-s3: $(VENV)/.development
+	LONGSTRIDE_TEST_S3=ceph $(BIN)/python -m pytest -s $(addprefix tests/faults/test_,store.py commit.py shards.py \
+		multipart.py outage.py gateway.py) tests/data/test_s3.py $(ARGS)
 
 # The Triton kernels natively, where a GPU is: outputs and gradients in float32 and bfloat16, tensors above 2^31 elements.
 # Processes compile side by side; tests that take most of the memory stay in one of them.

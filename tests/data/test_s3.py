@@ -14,7 +14,7 @@ from longstride.data import Corpus, CorpusError, SequenceLoader, StoreUnavailabl
 from longstride.data.storage import Folder, explained, patiently
 
 from ..faults.conftest import SECRET
-from ..faults.conftest import moto as moto
+from ..faults.conftest import server as server
 from ..faults.conftest import store as store
 
 TEXTS = [f"Document {number} says {number * number}.\n" * 20 for number in range(60)]

@@ -18,12 +18,12 @@ from .proxy import FaultProxy
 from .test_store import own_proxy, trainer_of
 
 
-def lose_the_store(rank: int, world_size: int, moto: tuple[str, int]) -> dict[str, tuple[list[str], list[int], int]]:
+def lose_the_store(rank: int, world_size: int, server: tuple[str, int]) -> dict[str, tuple[list[str], list[int], int]]:
     """A second checkpoint whose store refuses every connection before or after its manifest is written: what was
     said, what is committed once the store answers, and how many are left after a third checkpoint.
     """
     outcomes = {}
-    with own_proxy(moto) as proxy:
+    with own_proxy(server) as proxy:
         for when in ("before", "after"):
             trainer = trainer_of(rank, world_size, when, "checkpoint.keep=1")
             trainer.step()
@@ -67,8 +67,8 @@ def refusing_at_the_manifest(proxy: FaultProxy, when: str) -> Iterator[None]:
         yield
 
 
-def test_a_store_lost_after_the_manifest_leaves_a_checkpoint(moto: tuple[str, int], store: FaultProxy) -> None:
-    outcomes = run_ranks(lose_the_store, 1, moto)[0]
+def test_a_store_lost_after_the_manifest_leaves_a_checkpoint(server: tuple[str, int], store: FaultProxy) -> None:
+    outcomes = run_ranks(lose_the_store, 1, server)[0]
     said, committed, left = outcomes["after"]
     assert len(said) == 1 and said[0].startswith("older checkpoints were not removed (")
     assert said[0].endswith("the next checkpoint tries again") and "\n" not in said[0]

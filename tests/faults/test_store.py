@@ -28,17 +28,17 @@ from longstride.workers.trainer import Trainer
 
 from ..distributed import run_ranks
 from ..workers.tiny import make_trainer, tiny_experiment
-from .conftest import SECRET, forget_connections
+from .conftest import ACCESS_KEY, SECRET, forget_connections
 from .proxy import FaultProxy
 from .store_faults import FAULTS, hurry
 
 
 @contextmanager
-def own_proxy(moto: tuple[str, int]) -> Iterator[FaultProxy]:
+def own_proxy(server: tuple[str, int]) -> Iterator[FaultProxy]:
     """A proxy of this process's own, which its storage goes through."""
-    with FaultProxy(moto) as proxy:
+    with FaultProxy(server) as proxy:
         os.environ.update(AWS_ENDPOINT_URL=proxy.url, AWS_DEFAULT_REGION="us-east-1")
-        os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY=SECRET)
+        os.environ.update(AWS_ACCESS_KEY_ID=ACCESS_KEY, AWS_SECRET_ACCESS_KEY=SECRET)
         yield proxy
 
 
@@ -52,11 +52,11 @@ def tensors(trainer: Trainer) -> dict[str, Tensor]:
     return {key: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone() for key, tensor in found}
 
 
-def save_and_load(rank: int, world_size: int, moto: tuple[str, int]) -> dict[str, tuple[int, int, bool, list[str]]]:
+def save_and_load(rank: int, world_size: int, server: tuple[str, int]) -> dict[str, tuple[int, int, bool, list[str]]]:
     """A checkpoint written, verified and loaded while the store fails in each way; what became of it."""
     outcomes = {}
     hurry()
-    with own_proxy(moto) as proxy:
+    with own_proxy(server) as proxy:
         trainer, again = trainer_of(rank, world_size, "run"), trainer_of(rank, world_size, "run")
         for step, (name, fault) in enumerate(FAULTS.items(), start=1):
             proxy.heal()
@@ -75,8 +75,8 @@ def save_and_load(rank: int, world_size: int, moto: tuple[str, int]) -> dict[str
     return outcomes
 
 
-def test_a_checkpoint_is_whole_whatever_the_store_does(moto: tuple[str, int], store: FaultProxy) -> None:
-    for outcomes in run_ranks(save_and_load, 2, moto):
+def test_a_checkpoint_is_whole_whatever_the_store_does(server: tuple[str, int], store: FaultProxy) -> None:
+    for outcomes in run_ranks(save_and_load, 2, server):
         assert outcomes.keys() == FAULTS.keys()
         for saving, loading, same, problems in outcomes.values():
             assert saving > 0 and loading > 0, f"the fault struck: {outcomes}"
@@ -84,10 +84,10 @@ def test_a_checkpoint_is_whole_whatever_the_store_does(moto: tuple[str, int], st
             assert problems == []
 
 
-def meet_a_dead_store(rank: int, world_size: int, moto: tuple[str, int]) -> list[str]:
+def meet_a_dead_store(rank: int, world_size: int, server: tuple[str, int]) -> list[str]:
     """The messages of a save, a load and a look at the run, when one process reaches nobody; then all is well again."""
     messages = []
-    with own_proxy(moto) as proxy:
+    with own_proxy(server) as proxy:
         trainer = trainer_of(rank, world_size, "dead")
         trainer.step()
         trainer.save()
@@ -107,11 +107,11 @@ def meet_a_dead_store(rank: int, world_size: int, moto: tuple[str, int]) -> list
     return messages
 
 
-def without_another_try(rank: int, world_size: int, moto: tuple[str, int]) -> list[str]:
+def without_another_try(rank: int, world_size: int, server: tuple[str, int]) -> list[str]:
     """What becomes of a save and a load under each fault."""
     messages = []
     hurry()
-    with own_proxy(moto) as proxy:
+    with own_proxy(server) as proxy:
         trainer = trainer_of(rank, world_size, "control")
         trainer.step()
         trainer.save()
@@ -129,17 +129,17 @@ def without_another_try(rank: int, world_size: int, moto: tuple[str, int]) -> li
     return messages
 
 
-def test_without_another_try_the_same_faults_stop_a_checkpoint(moto: tuple[str, int], store: FaultProxy) -> None:
+def test_without_another_try_the_same_faults_stop_a_checkpoint(server: tuple[str, int], store: FaultProxy) -> None:
     """The control: it is the tries that save the checkpoints above."""
-    first, second = run_ranks(without_another_try, 2, moto)
+    first, second = run_ranks(without_another_try, 2, server)
     assert first == second, "all processes stop with the same line"
     assert len(first) == 2 * len(FAULTS)
     assert all("control" in message or "step-00000002" in message for message in first), first
 
 
-def test_a_store_that_stays_away_is_one_clear_stop_on_all(moto: tuple[str, int], store: FaultProxy) -> None:
+def test_a_store_that_stays_away_is_one_clear_stop_on_all(server: tuple[str, int], store: FaultProxy) -> None:
     """And it does not pass for a damaged checkpoint: no older one is taken for it."""
-    outcomes = run_ranks(meet_a_dead_store, 2, moto)
+    outcomes = run_ranks(meet_a_dead_store, 2, server)
     assert outcomes[0] == outcomes[1]
     saving, loading, committed = outcomes[0]
     assert committed == "step-00000001"

@@ -33,7 +33,7 @@ from longstride.workers.storage import Storage
 
 from ..distributed import run_ranks
 from ..faults.conftest import SECRET
-from ..faults.conftest import moto as moto
+from ..faults.conftest import server as server
 from ..faults.conftest import store as store
 from ..faults.proxy import FaultProxy
 from ..orchestrator.commands import CONFIG, finish, run_command, start_command

@@ -1,0 +1,102 @@
+"""A real S3 server killed over and over while two processes train and keep their checkpoints in it.
+
+Part of `make test-s3`, which needs Ceph's programs (see ceph.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from longstride.workers.manifest import list_checkpoints
+from longstride.workers.run_directory import RunDirectory
+
+from ..orchestrator.commands import losses, write_config
+from .ceph import PROGRAMS, CephGateway
+from .conftest import ACCESS_KEY, SECRET, forget_connections
+
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(any(shutil.which(name) is None for name in PROGRAMS), reason="Ceph is not installed"),
+]
+
+STEPS, KILLS = 60, 8
+SETTINGS = (
+    "workers=2",
+    "parallel.sequence=2",
+    f"train.steps={STEPS}",
+    "train.validate_every=0",
+    "checkpoint.every=3",
+    "checkpoint.asynchronous=true",
+    "checkpoint.keep=100",
+    "model.width=256",
+)
+
+
+@pytest.fixture
+def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CephGateway]:
+    """A gateway with an empty bucket, which this process and those it starts use."""
+    with CephGateway(tmp_path / "ceph", ACCESS_KEY, SECRET) as started:
+        host, port = started.address
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        forget_connections()
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield started
+    forget_connections()
+
+
+def start(directory: Path, *overrides: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["-m", "longstride.orchestrator", "train", "small.yaml", *SETTINGS, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=directory, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_nothing_is_lost_or_torn_when_the_store_is_killed(gateway: CephGateway, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    quiet = start(tmp_path, "run.name=peace")
+    _, stderr = quiet.communicate(timeout=200)
+    assert quiet.returncode == 0, stderr
+
+    chance = random.Random(0)
+    process, kills = start(tmp_path, "run.directory=s3://bucket/runs", "run.name=disturbed"), 0
+    try:
+        filesystem = fsspec.filesystem("s3")
+        while not filesystem.exists("bucket/runs/disturbed/checkpoints"):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.2)
+        while kills < KILLS and process.poll() is None:
+            gateway.kill_gateway()
+            time.sleep(chance.uniform(0.2, 3.0))
+            gateway.start_gateway()
+            kills += 1
+            time.sleep(chance.uniform(0.5, 2.5))
+        _, stderr = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, stderr
+    assert kills >= KILLS // 2, "the run lasts long enough to be disturbed"
+
+    forget_connections()
+    run = RunDirectory("s3://bucket/runs/disturbed")
+    records = [json.loads(line) for line in run.storage.read_text("metrics.jsonl").splitlines()]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["loss"] for record in records] == losses(tmp_path / "runs" / "peace")
+    checkpoints = list_checkpoints(run)
+    assert checkpoints[-1].committed and checkpoints[-1].name.endswith(f"{STEPS:08}")
+    assert [problem for checkpoint in checkpoints if checkpoint.committed for problem in checkpoint.problems()] == []
+    print(f"{kills} kills, {sum(checkpoint.committed for checkpoint in checkpoints)} whole checkpoints")
