@@ -98,8 +98,9 @@ def convolve(
             "channels": to a split along channels (all-to-all), by FFT at full length there, and back;
                 2 T D (P - 1) / P numbers per process and direction. Each evaluates its channels of the filter, or,
                 where that repeats much work on every process, its lags, for T D (P - 1) / P numbers more.
-            "length": a distributed FFT; 6 T D (P - 1) / P numbers and as many again divided by 3 B for the filter, but
-                no process ever holds a full-length row. For few channels per process and very long rows.
+            "length": each process transforms its tokens, frequencies travel, and back; 4 T D (P - 1) / P numbers and,
+                for the filter, half of it divided by B, but no process ever holds a full-length row. For few channels
+                per process and very long rows.
             "halo": finite filters only; the K - 1 tokens before this shard.
             "state": modal filters only; a prefix pass over the modes' states, D N numbers whatever the length.
 
@@ -226,13 +227,10 @@ def _by_length(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tensor
 
 def _window(u_BTD: Tensor, filter: Filter, window: Window) -> Tensor:
     """One document of a row of the batch, or of all rows: this shard's tokens of it."""
-    size, columns = window.shard.size, window.columns
-    rows = torch.arange(size, device=u_BTD.device)[:, None] * columns
-    lags = rows + torch.arange(window.my_columns.start, window.my_columns.stop, device=u_BTD.device)
-    inside = lags < window.end - window.begin
-    taps = filter(lags.clamp(max=window.end - window.begin - 1).reshape(-1), slice(0, u_BTD.shape[-1]))
-    filter_DKC = torch.where(inside, taps.view(-1, *lags.shape), 0.0).to(u_BTD.dtype)
-    return convolve_window(u_BTD, filter_DKC, window)
+    own, length = window.lags(), window.end - window.begin
+    lags_T = torch.arange(own.start, own.stop, device=u_BTD.device)
+    taps_DT = filter(lags_T.clamp(max=length - 1), slice(0, u_BTD.shape[-1]))
+    return convolve_window(u_BTD, torch.where(lags_T < length, taps_DT, 0.0).to(u_BTD.dtype), window)
 
 
 def _one_row(u_1TD: Tensor, filter: Filter, shard: SequenceShard, starts: tuple[int, ...]) -> Tensor:

@@ -1,275 +1,271 @@
-"""A convolution by a Fourier transform that is itself distributed: no process ever holds a full-length row.
+"""A convolution by Fourier transforms of which every process makes its own shard's: no one holds a full-length row.
 
-Tokens of a window are numbered n = r T + t with r in [0, P), t in [0, T), and padded with zeros to r in [0, 2P), so
-that nothing wraps around. The transform of length 2 P T is Cooley and Tukey's two-step one: over r, a twiddle, over t.
+With a sequence cut into blocks of T tokens, X_s the transform of block s and H_j that of the filter's lags
+[j T, (j + 1) T), both followed by zeros up to F >= 2 T points, H_{r-s} X_s adds to block r and, with what does not fit,
+to the block behind it. A phase turns that part to the beginning:
 
-    scatter   contiguous tokens  ->  a slice of t for every r          T real numbers per channel and process
-    transform over r (2P points, the zero half costs nothing); real input leaves P + 1 frequencies, the first and last
-              of which are real and share one complex row: P rows
-    transpose rows to processes  ->  one row, every t                  T complex numbers
-    transform over t; multiply; and back the same way: T complex and T real numbers.
+    G_j = H_j + e^(2 pi i k T / F) H_{j-1}        Y_r = sum over s <= r of G_{r-s} X_s        y_r = first T of Y_r
 
-The order stays transposed in between, so only exchanges that the data force remain. A process's row after the first
-step has T numbers, a P-th of the sequence. On process 0 the row is two real signals: the frequencies 2P k2 of the
-first, and of the last, shifted by half a bin, only the even ones of its Hermitian spectrum, by a complex transform of
-half the length; so its work is that of the others.
+    transform the block that is here: F / 2 + 1 frequencies, as it is real
+    exchange: every block, a P-th of the frequencies                     2 T numbers per channel and process
+    multiply and add
+    exchange: this block, every frequency                                2 T numbers
+    transform back
 
-Shapes: B batch, D channels, T columns, K rows (one per process), C columns of one process's slice.
+The backward pass is the same with conjugate filters. Channels go in groups: what one group waits for travels while the
+next one is transformed. Where shards are not blocks of one size, their tokens move to such blocks first: between even
+shards of a length that P does not divide, a few.
+
+Shapes: B batch, D channels, W tokens here, T tokens of a block, F points, K frequencies, C frequencies of a slice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from .collectives import exchange
+from ..kernels.autograd import first_order
+from ..kernels.long_convolution.portable import fast_length
+from .collectives import Pending, exchange
 from .shard import SequenceShard, even_bounds
+
+# Of channels. With more of them more is hidden, but every one costs two messages.
+_GROUPS = 4
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens [begin, end) of a sequence, laid out in P rows of `columns` columns, for one shard."""
+    """Tokens [begin, end) of a sequence, on at least two processes: its members."""
 
     shard: SequenceShard
     begin: int
     end: int
 
     @property
-    def columns(self) -> int:
-        """T: even, and a product of small primes, which transforms like."""
-        size = self.shard.size
-        return _smooth_even(max(-(-(self.end - self.begin) // size), 2, size))
+    def members(self) -> range:
+        """Ranks, in order."""
+        inner = [rank for rank, bound in enumerate(self.shard.bounds) if self.begin < bound < self.end]
+        return range(inner[0] - 1, inner[-1] + 1)
 
     @property
-    def column_bounds(self) -> tuple[int, ...]:
-        return even_bounds(self.columns, self.shard.size)
+    def block(self) -> int:
+        """T."""
+        return max(last - first for first, last in self.blocks)
 
     @property
-    def my_columns(self) -> range:
-        bounds = self.column_bounds
-        return range(bounds[self.shard.rank], bounds[self.shard.rank + 1])
+    def points(self) -> int:
+        """F."""
+        return fast_length(2 * self.block)
 
-    def local(self, rank: int) -> tuple[int, int]:
-        """The window's tokens on `rank`, in positions of the window."""
-        first = min(max(self.shard.bounds[rank], self.begin), self.end)
-        last = min(max(self.shard.bounds[rank + 1], self.begin), self.end)
-        return first - self.begin, last - self.begin
+    @property
+    def shards(self) -> list[tuple[int, int]]:
+        """The window's tokens on every member, in positions of the sequence."""
+        bounds = self.shard.bounds
+        return [(max(bounds[rank], self.begin), min(bounds[rank + 1], self.end)) for rank in self.members]
 
-    def pieces(self, rank: int, slice_of: int) -> list[tuple[int, int, int, int]]:
-        """(row, first column, last column, position in the window) of rank's tokens in the columns of `slice_of`."""
-        first, last = self.local(rank)
-        low, high = self.column_bounds[slice_of], self.column_bounds[slice_of + 1]
-        found = []
-        for row in range(first // self.columns, -(-last // self.columns)):
-            a = max(first, row * self.columns + low)
-            b = min(last, row * self.columns + high)
-            if a < b:
-                found.append((row, a - row * self.columns, b - row * self.columns, a))
-        return found
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """What every member transforms: its shard where all of them between the first and the last are of one size
+        and those are not larger; else equal parts."""
+        sizes = [last - first for first, last in self.shards]
+        if all(size == max(sizes) for size in sizes[1:-1]):
+            return self.shards
+        share = -(-(self.end - self.begin) // len(sizes))
+        cuts = [min(self.begin + member * share, self.end) for member in range(len(sizes) + 1)]
+        return list(pairwise(cuts))
+
+    @property
+    def place(self) -> int:
+        """Where in this process's block its first token lies: the first member's are the last ones of theirs."""
+        first, last = self.blocks[0]
+        return self.block - (last - first) if self.shard.rank == self.members[0] else 0
+
+    def lags(self) -> range:
+        """The filter's block that this process transforms; empty if it is not a member."""
+        member = self.shard.rank - self.members[0]
+        return range(member * self.block, (member + 1) * self.block) if self.shard.rank in self.members else range(0)
+
+    def slices(self) -> list[range]:
+        """The frequencies of every process of the shard; none of those that are not members."""
+        bounds = even_bounds(self.points // 2 + 1, len(self.members))
+        before, behind = self.members[0], self.shard.size - self.members[-1] - 1
+        return [range(0)] * before + [range(*pair) for pair in pairwise(bounds)] + [range(0)] * behind
 
 
-def convolve_window(u_BWD: Tensor, filter_DKC: Tensor, window: Window) -> Tensor:
+def convolve_window(u_BWD: Tensor, filter_DT: Tensor, window: Window) -> Tensor:
     """Causal convolution within one window of a length-sharded sequence; differentiable in both arguments.
 
+    Every process of the shard takes part, those without a token of the window with empty tensors.
+
     Args:
-        u_BWD: this shard's tokens of the window (possibly none), float32 or float64.
-        filter_DKC: the filter at lags r T + t, for every row r < P and this process's columns t (zeros at lags that
-            lie beyond the window).
+        u_BWD: this shard's tokens of the window, float32 or float64.
+        filter_DT: the filter at `window.lags()`, zeros at lags that lie beyond the window.
 
     Returns:
         (B, W, D).
     """
-    u_BDKC = _scatter(u_BWD, window)
-    spectrum = _Rows.of(u_BDKC, window).transform() * _Rows.of(filter_DKC.unsqueeze(0), window).transform()
-    return _gather(spectrum.inverse(), window)
+    moves = window.blocks != window.shards
+    u_BWD = _moved(u_BWD, window, True) if moves else u_BWD
+    y_BWD = _Convolution.apply(u_BWD, filter_DT, window)
+    assert isinstance(y_BWD, Tensor)
+    return _moved(y_BWD, window, False) if moves else y_BWD
 
 
-class _Rows:
-    """This process's row of the two-step transform: (B, D, T) complex before the transform over t."""
-
-    def __init__(self, row_BDT: Tensor, window: Window) -> None:
-        self.row_BDT = row_BDT
-        self.window = window
-
-    @classmethod
-    def of(cls, x_BDKC: Tensor, window: Window) -> _Rows:
-        """Transform over r, then rows to processes."""
-        real_FK, imaginary_FK = _across_rows(window.shard.size, x_BDKC)
-        return cls(_transpose_rows(torch.complex(real_FK @ x_BDKC, imaginary_FK @ x_BDKC), window), window)
-
-    def transform(self) -> _Spectrum:
-        """Twiddle and transform over t."""
-        columns, rank = self.window.columns, self.window.shard.rank
-        if rank:
-            angle = _angles(columns, self.row_BDT) * (rank / self.window.shard.size)
-            return _Spectrum([torch.fft.fft(self.row_BDT * torch.polar(torch.ones_like(angle), -angle))], self.window)
-        half = columns // 2
-        last = self.row_BDT.imag
-        angle = _angles(columns, self.row_BDT)[:half]
-        folded = torch.complex(last[..., :half], -last[..., half:]) * torch.polar(torch.ones_like(angle), -angle)
-        return _Spectrum([torch.fft.rfft(self.row_BDT.real), torch.fft.fft(folded)], self.window)
-
-
-class _Spectrum:
-    """Frequencies of one row, in transposed order: one complex spectrum, or process 0's two."""
-
-    def __init__(self, parts: list[Tensor], window: Window) -> None:
-        self.parts = parts
-        self.window = window
-
-    def __mul__(self, other: _Spectrum) -> _Spectrum:
-        return _Spectrum([a * b for a, b in zip(self.parts, other.parts, strict=True)], self.window)
-
-    def inverse(self) -> Tensor:
-        """(B, D, P, C) real: transform back over t, rows to columns, back over r without the padding half."""
-        size, columns = self.window.shard.size, self.window.columns
-        if len(self.parts) == 1:
-            angle = _angles(columns, self.parts[0]) * (self.window.shard.rank / size)
-            row = torch.fft.ifft(self.parts[0]) * torch.polar(torch.ones_like(angle), angle)
-        else:
-            angle = _angles(columns, self.parts[1])[: columns // 2]
-            folded = torch.fft.ifft(self.parts[1]) * torch.polar(torch.ones_like(angle), angle)
-            last = torch.cat([folded.real, -folded.imag], dim=-1)
-            row = torch.complex(torch.fft.irfft(self.parts[0], n=columns), last)
-        rows_BDKC = _transpose_columns(row, self.window)
-        real_FK, imaginary_FK = _across_rows(size, rows_BDKC.real)
-        weight_F1 = torch.full_like(real_FK[:, :1], 1 / size)
-        weight_F1[0] /= 2
-        back_KF, back_imaginary_KF = (weight_F1 * real_FK).t(), (weight_F1 * imaginary_FK).t()
-        return back_KF @ rows_BDKC.real + back_imaginary_KF @ rows_BDKC.imag
-
-
-def _across_rows(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The transform over P rows and as many of zeros: two (P, P) matrices, the real and imaginary parts of frequencies.
-
-    Frequency 0 is real, and frequency P, real as well, is its imaginary part. Products: a row more or less is nothing
-    beside the transform over t, whereas a library's transforms of a few strided numbers take as long as that.
-    """
-    r_K = torch.arange(size, dtype=torch.float64, device=like.device)
-    angle_FK = r_K[:, None] * r_K * (torch.pi / size)
-    imaginary_FK = -torch.sin(angle_FK)
-    imaginary_FK[0] = 1 - 2 * (r_K % 2)
-    return torch.cos(angle_FK).to(like.dtype), imaginary_FK.to(like.dtype)
-
-
-def _angles(columns: int, like: Tensor) -> Tensor:
-    """(T,) pi t / T, taken in double precision."""
-    real = torch.float64 if like.dtype == torch.complex128 else torch.float32
-    return (torch.arange(columns, dtype=torch.float64, device=like.device) * (torch.pi / columns)).to(real)
-
-
-def _smooth_even(least: int) -> int:
-    """The smallest even number >= least without prime factors above 5."""
-    number = least + least % 2
-    while True:
-        rest = number
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return number
-        number += 2
-
-
-# The four exchanges. Each is linear and its adjoint is the one that goes the other way.
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, window: Window, forth: str) -> Tensor:
-        ctx.window, ctx.forth = window, forth  # type: ignore[attr-defined]
-        return _MOVES[forth](x, window, "convolve.forward")
+class _Convolution(torch.autograd.Function):
+    """Both passes go over the groups of channels three times, with a message of each group between two."""
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        move = _MOVES[_ADJOINT[ctx.forth]]  # type: ignore[attr-defined]
-        return move(grads[0], ctx.window, "convolve.backward"), None, None  # type: ignore[attr-defined]
+    def forward(ctx: Any, u_BWD: Tensor, filter_DT: Tensor, window: Window) -> Tensor:
+        ctx.window, plan = window, _Plan(window, u_BWD, "convolve.forward")
+        blocks = [plan.send_block(u_BWD[..., group], filter_DT[group]) for group in plan.groups]
+        products, saved = [], []
+        for block in blocks:
+            spectra = plan.receive_slices(block)
+            inputs, filters = [x[:-1] for x in spectra], plan.folded([x[-1:] for x in spectra])
+            saved += inputs + filters
+            products.append(plan.send_slices(_convolved(filters, inputs)))
+        ctx.save_for_backward(*saved)
+        y_BWD = torch.empty_like(u_BWD, memory_format=torch.contiguous_format)
+        for group, product in zip(plan.groups, products, strict=True):
+            y_BWD[..., group] = plan.tokens(plan.receive_block(product))
+        return y_BWD
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad_BWD,) = grads
+        plan, saved = _Plan(ctx.window, grad_BWD, "convolve.backward"), iter(ctx.saved_tensors)
+        blocks = [plan.send_block(grad_BWD[..., group]) for group in plan.groups]
+        products = []
+        for block in blocks:
+            gradients = plan.receive_slices(block)
+            inputs, filters = [next(saved) for _ in gradients], [next(saved) for _ in gradients]
+            to_inputs = _correlated(filters, gradients)
+            to_filters = plan.unfolded([taps.sum(0, keepdim=True) for taps in _correlated(inputs, gradients)])
+            products.append(plan.send_slices([torch.cat(pair) for pair in zip(to_inputs, to_filters, strict=True)]))
+        grad_u = torch.empty_like(grad_BWD, memory_format=torch.contiguous_format)
+        grad_filter = grad_BWD.new_empty(grad_BWD.shape[2], len(ctx.window.lags()))
+        for group, product in zip(plan.groups, products, strict=True):
+            both_RDF = plan.receive_block(product)
+            grad_u[..., group] = plan.tokens(both_RDF[:-1])
+            grad_filter[group] = both_RDF[-1, :, : grad_filter.shape[1]]
+        return grad_u, grad_filter, None
 
 
-def _apply(x: Tensor, window: Window, forth: str) -> Tensor:
-    result = _Exchange.apply(x, window, forth)
-    assert isinstance(result, Tensor)
-    return result
+def _convolved(filters: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """For every block r, the sum over s <= r of filters[r - s] inputs[s]."""
+    return [_dot(filters[r::-1], inputs[: r + 1]) for r in range(len(inputs))]
 
 
-def _scatter(u_BWD: Tensor, window: Window) -> Tensor:
-    """(B, W, D) contiguous tokens -> (B, D, P, C): this process's columns of every row, zero where no token is."""
-    return _apply(u_BWD, window, "scatter")
+def _correlated(earlier: list[Tensor], later: list[Tensor]) -> list[Tensor]:
+    """The adjoint: for every distance j, the sum over s of conj(earlier[s]) later[s + j]."""
+    conjugates = [x.conj().resolve_conj() for x in earlier]
+    return [_dot(conjugates[: len(later) - j], later[j:]) for j in range(len(later))]
 
 
-def _gather(y_BDKC: Tensor, window: Window) -> Tensor:
-    """The inverse of `_scatter`."""
-    return _apply(y_BDKC, window, "gather")
+def _dot(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    total = ones[0] * others[0]
+    for one, other in zip(ones[1:], others[1:], strict=True):
+        total.addcmul_(one, other)
+    return total
 
 
-def _transpose_rows(rows_BDKC: Tensor, window: Window) -> Tensor:
-    """(B, D, P, C) all rows, my columns -> (B, D, T) my row, all columns."""
-    return _apply(rows_BDKC, window, "rows")
+class _Plan:
+    """The steps of one pass over a window, for this process. R rows are B ones of tokens and, or not, one of taps."""
+
+    def __init__(self, window: Window, like_BWD: Tensor, motion: str) -> None:
+        shard = self.shard = window.shard
+        self.motion, self.points = motion, window.points
+        self.members, self.slices, self.lags = window.members, window.slices(), window.lags()
+        self.place = slice(window.place, window.place + like_BWD.shape[1])
+        channels = like_BWD.shape[2]
+        self.groups = [slice(*pair) for pair in pairwise(even_bounds(channels, min(channels, _GROUPS)))]
+        frequencies = torch.tensor(self.slices[shard.rank], dtype=torch.float64, device=like_BWD.device)
+        turns = (frequencies * window.block % self.points) * (2 * torch.pi / self.points)
+        phase = torch.polar(torch.ones_like(turns), turns)
+        self._phase_C = phase.to(torch.promote_types(like_BWD.dtype, torch.complex64))
+
+    def send_block(self, x_BWD: Tensor, filter_DT: Tensor | None = None) -> Pending[list[Tensor]]:
+        """Tokens in their place and, as one more row, taps: transformed, and a slice to each member."""
+        batch, _, channels = x_BWD.shape
+        rows = batch + (filter_DT is not None)
+        here = self.points if self.lags else 0
+        x_RDF = x_BWD.new_zeros(rows, channels, here)
+        x_RDF[:batch, :, self.place] = x_BWD.transpose(1, 2)
+        if filter_DT is not None:
+            x_RDF[batch, :, : len(self.lags)] = filter_DT
+        x_RDK = torch.fft.rfft(x_RDF) if here else torch.view_as_complex(x_RDF.new_empty(rows, channels, 0, 2))
+        parts = [x_RDK[..., slice(part.start, part.stop) if here else slice(0)] for part in self.slices]
+        mine = len(self.slices[self.shard.rank])
+        return self._exchange(parts, [mine if rank in self.members else 0 for rank in range(self.shard.size)])
+
+    def receive_slices(self, block: Pending[list[Tensor]]) -> list[Tensor]:
+        """Of every member's block (R, D, C) the frequencies of this process."""
+        arrived = block.wait()
+        return [torch.view_as_complex(arrived[rank]) for rank in self.members]
+
+    def send_slices(self, products: list[Tensor]) -> Pending[list[Tensor]]:
+        """To every member its block's product."""
+        nothing = products[0][..., :0]
+        parts = [
+            products[rank - self.members[0]] if rank in self.members else nothing for rank in range(self.shard.size)
+        ]
+        return self._exchange(parts, [len(part) if self.lags else 0 for part in self.slices])
+
+    def receive_block(self, product: Pending[list[Tensor]]) -> Tensor:
+        """(R, D, F) transformed back, (R, D, 0) where this process is no member."""
+        x_RDK2 = torch.cat(product.wait(), dim=2)
+        return torch.fft.irfft(torch.view_as_complex(x_RDK2), self.points) if self.lags else x_RDK2[..., 0]
+
+    def tokens(self, x_RDF: Tensor) -> Tensor:
+        """(R, W, D) from their place."""
+        return x_RDF[..., self.place].transpose(1, 2)
+
+    def folded(self, filters: list[Tensor]) -> list[Tensor]:
+        """G of H."""
+        return [filters[0], *(torch.addcmul(after, before, self._phase_C) for before, after in pairwise(filters))]
+
+    def unfolded(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The adjoint of `folded`."""
+        back_C = self._phase_C.conj().resolve_conj()
+        return [*(torch.addcmul(one, behind, back_C) for one, behind in pairwise(gradients)), gradients[-1]]
+
+    def _exchange(self, parts: list[Tensor], receive: list[int]) -> Pending[list[Tensor]]:
+        """Complex parts (R, D, any); `receive` numbers from each process, with the real ones in a last dimension."""
+        shapes = [(*parts[0].shape[:2], count, 2) for count in receive]
+        return exchange([torch.view_as_real(part) for part in parts], shapes, self.shard, self.motion)
 
 
-def _transpose_columns(row_BDT: Tensor, window: Window) -> Tensor:
-    """The inverse of `_transpose_rows`."""
-    return _apply(row_BDT, window, "columns")
+class _Move(torch.autograd.Function):
+    """Tokens from shards to blocks, or back; the gradient's go the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BWD: Tensor, window: Window, forth: bool) -> Tensor:
+        ctx.window, ctx.forth = window, forth
+        return _move(x_BWD, window, forth, "convolve.forward")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _move(grads[0], ctx.window, not ctx.forth, "convolve.backward"), None, None
 
 
-def _move_scatter(u_BWD: Tensor, window: Window, motion: str) -> Tensor:
-    shard, (batch, _, channels) = window.shard, u_BWD.shape
-    first, _ = window.local(shard.rank)
-    mine = [window.pieces(shard.rank, peer) for peer in range(shard.size)]
-    theirs = [window.pieces(peer, shard.rank) for peer in range(shard.size)]
-    u_BDW = u_BWD.transpose(1, 2)
-    parts = [_joined([u_BDW[:, :, n - first : n - first + b - a] for _, a, b, n in p], u_BDW) for p in mine]
-    shapes = [(batch, channels, sum(b - a for _, a, b, _ in p)) for p in theirs]
-    out = u_BWD.new_zeros(batch, channels, shard.size, len(window.my_columns))
-    low = window.my_columns.start
-    for pieces, arrived in zip(theirs, exchange(parts, shapes, shard, motion).wait(), strict=True):
-        offset = 0
-        for row, a, b, _ in pieces:
-            out[:, :, row, a - low : b - low] = arrived[:, :, offset : offset + b - a]
-            offset += b - a
-    return out
+def _moved(x_BWD: Tensor, window: Window, forth: bool) -> Tensor:
+    moved = _Move.apply(x_BWD, window, forth)
+    assert isinstance(moved, Tensor)
+    return moved
 
 
-def _move_gather(y_BDKC: Tensor, window: Window, motion: str) -> Tensor:
-    shard, (batch, channels) = window.shard, y_BDKC.shape[:2]
-    first, last = window.local(shard.rank)
-    mine = [window.pieces(shard.rank, peer) for peer in range(shard.size)]
-    theirs = [window.pieces(peer, shard.rank) for peer in range(shard.size)]
-    low = window.my_columns.start
-    parts = [_joined([y_BDKC[:, :, r, a - low : b - low] for r, a, b, _ in p], y_BDKC[:, :, 0]) for p in theirs]
-    shapes = [(batch, channels, sum(b - a for _, a, b, _ in p)) for p in mine]
-    out = y_BDKC.new_zeros(batch, channels, last - first)
-    for pieces, arrived in zip(mine, exchange(parts, shapes, shard, motion).wait(), strict=True):
-        offset = 0
-        for _, a, b, n in pieces:
-            out[:, :, n - first : n - first + b - a] = arrived[:, :, offset : offset + b - a]
-            offset += b - a
-    return out.transpose(1, 2)
-
-
-def _joined(pieces: list[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(pieces, dim=-1) if pieces else like[..., :0]
-
-
-def _move_rows(rows_BDKC: Tensor, window: Window, motion: str) -> Tensor:
-    shard, (batch, channels) = window.shard, rows_BDKC.shape[:2]
-    bounds = window.column_bounds
-    parts = [torch.view_as_real(rows_BDKC[:, :, peer]) for peer in range(shard.size)]
-    shapes = [(batch, channels, bounds[peer + 1] - bounds[peer], 2) for peer in range(shard.size)]
-    return torch.view_as_complex(torch.cat(exchange(parts, shapes, shard, motion).wait(), dim=2))
-
-
-def _move_columns(row_BDT: Tensor, window: Window, motion: str) -> Tensor:
-    shard, (batch, channels) = window.shard, row_BDT.shape[:2]
-    bounds = window.column_bounds
-    real = torch.view_as_real(row_BDT.resolve_conj())
-    parts = [real[:, :, bounds[peer] : bounds[peer + 1]] for peer in range(shard.size)]
-    shapes = [(batch, channels, len(window.my_columns), 2)] * shard.size
-    return torch.view_as_complex(torch.stack(exchange(parts, shapes, shard, motion).wait(), dim=2))
-
-
-_MOVES = {"scatter": _move_scatter, "gather": _move_gather, "rows": _move_rows, "columns": _move_columns}
-_ADJOINT = {"scatter": "gather", "gather": "scatter", "rows": "columns", "columns": "rows"}
+def _move(x_BWD: Tensor, window: Window, forth: bool, motion: str) -> Tensor:
+    shard, members = window.shard, window.members
+    (batch, _, channels), nothing = x_BWD.shape, [(0, 0)]
+    before, behind = nothing * members[0], nothing * (shard.size - members[-1] - 1)
+    have, want = ([*before, *ranges, *behind] for ranges in (window.shards, window.blocks)[:: 1 if forth else -1])
+    (first, last), (lowest, highest) = have[shard.rank], want[shard.rank]
+    parts = [x_BWD[:, min(max(a, first), last) - first : max(min(b, last), first) - first] for a, b in want]
+    counts = [max(0, min(b, highest) - max(a, lowest)) for a, b in have]
+    return torch.cat(exchange(parts, [(batch, count, channels) for count in counts], shard, motion).wait(), dim=1)

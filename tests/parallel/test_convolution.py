@@ -17,6 +17,7 @@ from tests.parallel.oracles import gathered, local, normal, relative_error
 
 B, D = 2, 5
 DOCUMENTS = [[4, 5, 21], [13]]
+Bounds = tuple[int, ...] | None
 
 
 class Implicit:
@@ -89,8 +90,10 @@ def test_by_length_no_process_holds_a_row() -> None:
         assert found["channels"] >= length  # the control: a row of each channel here
 
 
-def split(rank: int, world: int, length: int, kind: str, form: str, documents: object) -> tuple[Tensor, ...]:
-    shard = SequenceShard.split(length, None, documents)
+def split(
+    rank: int, world: int, length: int, kind: str, form: str, documents: object, bounds: Bounds = None
+) -> tuple[Tensor, ...]:
+    shard = SequenceShard.split(length, None, documents, bounds=bounds)
     u = local(normal(B, length, D), shard)
     first, last = (local(x, shard) for x in gates(length))
     parameters, skip = parameters_of(kind), normal(D, seed=2).requires_grad_()
@@ -151,6 +154,24 @@ def test_equals_sum_over_lags(world: int) -> None:
             assert relative_error(sum(r[i] for r in results), expected[i]) < 1e-12, case  # type: ignore[arg-type]
 
 
+# larger behind smaller and before, a process with one token, a document on two processes of five and on all
+UNEVEN = [(0, 3, 4, 20, 23, 26), (0, 16, 17, 18, 19, 26), (0, 1, 2, 4, 8, 26)]
+
+
+def split_unevenly(rank: int, world: int) -> list[tuple[Tensor, ...]]:
+    cases = [(bounds, documents) for bounds in UNEVEN for documents in (None, DOCUMENTS, [[7]])]
+    return [split(rank, world, 26, "implicit", "length", documents, bounds) for bounds, documents in cases]
+
+
+def test_shards_of_any_size_by_length() -> None:
+    expected = [whole(26, "implicit", documents) for _ in UNEVEN for documents in (None, DOCUMENTS, [[7]])]
+    for results, wanted in zip(zip(*run_ranks(split_unevenly, 5), strict=True), expected, strict=True):
+        for found in (0, 1):
+            assert relative_error(gathered(r[found] for r in results), wanted[found]) < 1e-12
+        for i in (2, 3):
+            assert relative_error(sum(r[i] for r in results), wanted[i]) < 1e-12  # type: ignore[arg-type]
+
+
 def test_negative_control_documents_do_not_leak() -> None:
     leaking = whole(26, "implicit", None)
     results = run_ranks(split, 2, 26, "implicit", "length", DOCUMENTS)
@@ -165,7 +186,9 @@ def test_bytes_of_each_form() -> None:
     shared = [int(r[4]) for r in run_ranks(split, 4, 32, "shared", "channels", None)]
     assert sum(shared) == 4 * 2 * (2 * one_way + one_way // B)
     length = [int(r[4]) for r in run_ranks(split, 4, 32, "implicit", "length", None)]
-    assert length == [2 * (6 * one_way + 2 * one_way // B)] * 4
+    # both ways: 9 frequencies of a block of 16 points, 3 or 2 of them here; once each way the filter goes with the rows
+    frequency = 16 * D * (2 * B + 1)
+    assert length == [frequency * ((9 - mine) + 3 * mine) for mine in (3, 2, 2, 2)]
     halo = [int(r[4]) for r in run_ranks(split, 4, 32, "finite", "halo", None)]
     for sent in [int(r[4]) for r in run_ranks(split, 2, 32, "complex modes", "state", None)]:
         assert sent == 2 * 8 * B * D * 3 * 2  # both ways, 3 complex modes a channel
