@@ -234,4 +234,5 @@ CASES: dict[str, Callable[..., Case]] = {
     "wkv4": lambda length: _wkv4(length, channels=64),
     "wkv7": lambda length: _wkv7(length, heads=1),
     "long convolution": lambda length: _filtered(length, channels=64),
+    "long: best plain rfft, 64 channels": lambda length: _convolution(_rfft_exact)(length, channels=64),
 }

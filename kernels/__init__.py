@@ -1,7 +1,7 @@
 """Arithmetic on one device. Each operation has a readable reference, portable code, and one public door."""
 
 from .attention import attention
-from .experts import grouped_matmul, permute
+from .experts import RowMap, gather_rows, grouped_matmul, permute, sum_rows
 from .gated_linear_attention import gated_linear_attention, gated_linear_attention_readout
 from .linear_cross_entropy import linear_cross_entropy
 from .long_convolution import long_convolution
@@ -10,15 +10,19 @@ from .norms import rms_norm
 from .rotary import rotary
 from .selective_scan import selective_scan, selective_scan_readout
 from .short_convolution import short_convolution
-from .state_space_dual import state_space_dual, state_space_dual_readout
+from .state_space_dual import DualStages, begin_state_space_dual, state_space_dual
 from .swiglu import swiglu
 from .wkv4 import wkv4, wkv4_state
 from .wkv7 import wkv7, wkv7_transition
 
 __all__ = [
+    "DualStages",
+    "RowMap",
     "attention",
+    "begin_state_space_dual",
     "gated_linear_attention",
     "gated_linear_attention_readout",
+    "gather_rows",
     "grouped_matmul",
     "linear_cross_entropy",
     "long_convolution",
@@ -31,7 +35,7 @@ __all__ = [
     "selective_scan_readout",
     "short_convolution",
     "state_space_dual",
-    "state_space_dual_readout",
+    "sum_rows",
     "swiglu",
     "wkv4",
     "wkv4_state",

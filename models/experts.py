@@ -71,12 +71,17 @@ class SwiGLUExperts(ParameterModule):
     def __init__(self, options: ExpertsOptions, place: LayerPlace) -> None:
         super().__init__()
         experts, hidden = options.experts, options.hidden or default_hidden(place.width, gated=True)
+        self.num_experts = experts
         out_init = normal(place.init_std / math.sqrt(2 * place.num_layers))
         gate_up_init = normal(place.init_std)
         self.gate_up = self.parameter("gate_up", (experts, place.width, 2 * hidden), gate_up_init, half=True)
         self.down = self.parameter("down", (experts, hidden, place.width), out_init, half=True)
 
-    def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, expert_NJ: Tensor, weight_NJ: Tensor, shard: SequenceShard) -> Tensor:
+        """The weighted sum of each token's experts. Tokens travel in here: the parameters are gathered once."""
+        return run_experts(x_ND, expert_NJ, weight_NJ, self.compute, self.num_experts, shard)
+
+    def compute(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
         """`x_MD` sorted by local expert, `counts_E` (int64) tokens for each."""
         gate_MF, up_MF = grouped_matmul(x_MD, local_part(self.gate_up), counts_E).chunk(2, dim=-1)
         return grouped_matmul(swiglu(gate_MF, up_MF), local_part(self.down), counts_E)
@@ -104,7 +109,7 @@ class MixtureOfExperts(FeedForward):
         weight_NJ = probability_NE.gather(1, expert_NJ)
         if self.options.renormalise:
             weight_NJ = weight_NJ / weight_NJ.sum(dim=-1, keepdim=True)
-        y_ND = run_experts(x_ND, expert_NJ, weight_NJ, self.experts, self.options.experts, shard)
+        y_ND = self.experts(x_ND, expert_NJ, weight_NJ, shard)
         y_BTD = y_ND.to(x_BTD.dtype).view_as(x_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, shard)[0]

@@ -12,6 +12,7 @@ Shapes: T tokens of a shard, D model width, M rows for experts, E experts.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from ..models.block import Block
 from ..models.experts import ExpertsOptions, MixtureOfExperts
 from ..models.mixers.base import Shared
 from ..models.mlp import default_hidden
-from ..parallel import CommunicationLedger, Degrees, Link, SequenceShard, Strategies
+from ..parallel import CommunicationLedger, Degrees, Link, SequenceShard, Strategies, run_experts
 from ..parallel.groups import VirtualGroup
 
 # Shards no longer than this are run as they are; longer ones are carried on from two lengths of this order.
@@ -158,12 +159,18 @@ class Rehearsal:
             options = self.config.feed_forward_options(layer)
             if not isinstance(options, ExpertsOptions):
                 continue
-            rows, width = length * options.top_k, self.config.width
+            width, here = self.config.width, options.experts // degree
             hidden = options.hidden or default_hidden(width, gated=True)
-            cost.kept[label] += rows * (width + 3 * hidden) * self.dtype.itemsize
-            moved = rows * (degree - 1) // degree * width * self.dtype.itemsize
-            cost.sent[EXPERTS] += 2 * (again + 1) * moved
-            cost.sent[COUNTS] += again * options.experts // degree * (degree - 1) * torch.int64.itemsize
+            cost.kept[label] += length * options.top_k * (width + 3 * hidden) * self.dtype.itemsize
+            if degree == 1:
+                continue
+            # a token goes once to each process that holds any of its experts: all but those whose experts it missed
+            missed = math.comb(options.experts - here, options.top_k) / math.comb(options.experts, options.top_k)
+            moved = round(length * (degree - 1) * (1 - missed))
+            routing = options.top_k * (1 if here < 256 else 4)
+            cost.sent[EXPERTS] += moved * again * (routing + (2 * width + options.top_k) * self.dtype.itemsize)
+            cost.sent[EXPERTS] += moved * (2 * width + options.top_k) * self.dtype.itemsize
+            cost.sent[COUNTS] += again * (degree - 1) * torch.int64.itemsize
 
 
 def motion_family(motion: str) -> str:
@@ -174,8 +181,12 @@ def motion_family(motion: str) -> str:
 class _NoExperts(nn.Module):
     """Stands for the experts of a layer, whose weights may be most of the model."""
 
-    def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
-        return x_MD
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, x_ND: Tensor, expert_NJ: Tensor, weight_NJ: Tensor, shard: SequenceShard) -> Tensor:
+        return run_experts(x_ND, expert_NJ, weight_NJ, lambda x_MD, counts_E: x_MD, self.num_experts, shard)
 
 
 class Kept(torch.autograd.graph.saved_tensors_hooks):
@@ -209,7 +220,7 @@ def _twins(config: ModelConfig) -> list[int]:
 
 def _on_cpu(block: Block, compute_dtype: torch.dtype | None) -> Block:
     if isinstance(block.feed_forward, MixtureOfExperts):
-        block.feed_forward.experts = _NoExperts()  # pyright: ignore[reportAttributeAccessIssue]
+        block.feed_forward.experts = _NoExperts(block.feed_forward.options.experts)  # pyright: ignore[reportAttributeAccessIssue]
     block.to_empty(device="cpu")
     initialise(block, seed=0)
     kept = kept_in_float32(block)

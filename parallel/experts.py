@@ -1,9 +1,13 @@
 """Expert parallelism: tokens travel to the processes that hold their experts and back. Dropless token-choice top-k.
 
 The expert group is folded over data x sequence: after the mixer, tokens are just rows. Following Mixtral
-(arXiv 2401.04088) and MegaBlocks' dropless routing (2211.15841).
+(arXiv 2401.04088) and MegaBlocks' dropless routing (2211.15841). A token goes at most once to each process, with the
+weights of its experts; those that are there are summed there, and one row comes back.
 
-Shapes: N tokens here, J experts per token, E experts in all, D channels, M rows to compute here, P processes.
+Results travel back, and their gradients out, while a process computes with the tokens that stay.
+
+Shapes: N tokens here, J experts per token, E experts in all, D channels, M rows to compute here, R rows that leave or
+arrive, C choices listed by token, P processes.
 """
 
 from __future__ import annotations
@@ -15,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..kernels import permute
-from .collectives import exchange_in, exchange_rows
-from .groups import group_size
+from ..kernels import RowMap, gather_rows, permute, sum_rows
+from .collectives import Pending, exchange_in, exchange_rows
+from .groups import group_rank, group_size
 from .shard import SequenceShard
 
 ExpertFunction = Callable[[Tensor, Tensor], Tensor]
@@ -36,96 +40,192 @@ def run_experts(
     Args:
         x_ND: tokens of this process.
         expert_index_NJ: int64, the experts chosen by each token.
-        weight_NJ: their weights.
-        expert_fn: (rows (M, D) sorted by local expert, counts (E here) int64) -> rows (M, D).
+        weight_NJ: their weights; they are rounded to the dtype of x.
+        expert_fn: (rows (M, D) sorted by local expert, counts (E here) int64) -> rows (M, D). Where experts are spread
+            it is called twice, with the rows that arrive and with those that stay. Not a module that FSDP shards for
+            itself, which would gather its parameters twice: rather a method of one inside whose forward this runs.
         num_experts: E; process p of the expert group holds experts [p E / P, (p + 1) E / P).
         shard: names the expert group.
 
-    Bytes per process: its tokens x J x D that leave for experts elsewhere, each way, and the counts.
+    Bytes per process: D numbers each way for every other process that holds any of a token's experts, J weights with
+    them, whose gradients come back, and J numbers of experts of a byte each (four where a process holds 256 or more).
 
     Raises:
         ValueError: the number of experts is not divisible by the size of the expert group or, on the CPU, a token
             chose an expert that is not there.
     """
-    num_tokens, choices = expert_index_NJ.shape
-    order, counts_E = permute(expert_index_NJ, num_experts)
-    rows_MD = x_ND.index_select(0, order // choices)
-    group = shard.expert_group
-    size = group_size(group)
+    size = group_size(shard.expert_group)
     if num_experts % size:
         raise ValueError(
             f"{num_experts} experts cannot be spread over {size} processes: use a divisor of {num_experts}"
         )
+    weight_NJ = weight_NJ.to(x_ND.dtype)
     if size == 1:
-        out_MD = expert_fn(rows_MD, counts_E)
-    else:
-        route = _Route.plan(counts_E, size, shard)
-        arrived_MD = _send(rows_MD, route)
-        sorted_MD = arrived_MD.index_select(0, route.by_expert)
-        result_MD = expert_fn(sorted_MD, route.local_counts)
-        out_MD = _send(result_MD.index_select(0, route.by_source), route.back())
-    unsorted_NJD = out_MD.index_select(0, _inverse(order)).view(num_tokens, choices, -1)
-    return torch.einsum("njd,nj->nd", unsorted_NJD, weight_NJ.to(unsorted_NJD.dtype))
+        order_M, counts_E = permute(expert_index_NJ, num_experts)
+        rows = RowMap.of_sorted(order_M, expert_index_NJ.shape[1])
+        out_MD = expert_fn(gather_rows(x_ND, rows), counts_E)
+        return sum_rows(out_MD, rows, weight_NJ.flatten().to(out_MD.dtype))
+
+    route = _Route.plan(expert_index_NJ, num_experts // size, size, shard)
+    weight_trip, trip, trip_back = route.trip(), route.trip(), route.trip(back=True)
+    weight_RJ = _depart(weight_NJ.index_select(0, route.leaving.token_M), weight_trip)
+    arriving_RD = _depart(gather_rows(x_ND, route.leaving), trip)
+    # the order in which autograd's backward runs is the reverse of this one, message for message
+    staying = _Choices.among(route.local_NJ, route.here)
+    staying_MD = gather_rows(x_ND, staying.rows)
+    arrived = _Choices.among(route.arrived_local.wait(), route.here)
+    out_MD = expert_fn(gather_rows(_arrive(arriving_RD, trip), arrived.rows), arrived.counts_E)
+    back_RD = _depart(arrived.weighted_sum(out_MD, _arrive(weight_RJ, weight_trip)), trip_back)
+    y_ND = staying.weighted_sum(expert_fn(staying_MD, staying.counts_E), weight_NJ)
+    return sum_rows(_arrive(back_RD, trip_back), route.leaving, onto_ND=y_ND)
 
 
-def _inverse(order_M: Tensor) -> Tensor:
-    """The permutation that undoes another; sorting would take many times as long."""
-    return torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+@dataclass(frozen=True)
+class _Choices:
+    """The choices of some tokens that fell on experts of this process."""
+
+    rows: RowMap
+    counts_E: Tensor
+    place_C: Tensor
+
+    @classmethod
+    def among(cls, local_NJ: Tensor, here: int) -> _Choices:
+        """Of numbers of local experts, `here` where an expert is elsewhere."""
+        flat = local_NJ.flatten()
+        place_C = (flat < here).nonzero().flatten()
+        order_M, counts_E = permute(flat.index_select(0, place_C), here)
+        return cls(RowMap.of(order_M, place_C // local_NJ.shape[1], len(local_NJ)), counts_E, place_C)
+
+    def weighted_sum(self, out_MD: Tensor, weight_NJ: Tensor) -> Tensor:
+        weight_C = weight_NJ.flatten().index_select(0, self.place_C)
+        return sum_rows(out_MD, self.rows, weight_C.to(out_MD.dtype))
 
 
 @dataclass(frozen=True)
 class _Route:
-    """Who sends how many rows to whom, and the permutation between order of source and order of expert."""
+    """Which tokens go to which processes, and what arrives.
+
+    Attributes:
+        leaving: one row for each other process that a token goes to, by process and then by token.
+        local_NJ: numbers among this process's experts, `here` for those of others.
+        arrived_local: the same of the rows that arrive, on its way.
+    """
 
     shard: SequenceShard
+    here: int
+    leaving: RowMap
     send_rows: list[int]
     receive_rows: list[int]
-    by_expert: Tensor
-    by_source: Tensor
-    local_counts: Tensor
+    local_NJ: Tensor
+    arrived_local: Pending[Tensor]
 
     @classmethod
-    def plan(cls, counts_E: Tensor, size: int, shard: SequenceShard) -> _Route:
-        counts_PE = counts_E.view(size, -1)
-        here = counts_PE.shape[1]
-        arriving = exchange_in(shard.expert_group, list(counts_PE), [(here,)] * size, shard, "experts.counts").wait()
-        arriving_PE = torch.stack(arriving)
-        # arrived rows are blocks ordered by (source, expert): the same blocks by (expert, source), without a sort
-        counts = arriving_PE.flatten().tolist()
-        blocks = torch.arange(sum(counts), device=counts_E.device).split(counts)
-        by_expert = torch.cat([blocks[source * here + expert] for expert in range(here) for source in range(size)])
+    def plan(cls, expert_index_NJ: Tensor, here: int, size: int, shard: SequenceShard) -> _Route:
+        group, me = shard.expert_group, group_rank(shard.expert_group)
+        _check(expert_index_NJ, here * size)
+        process_NJ = expert_index_NJ // here
+        goes_PN = torch.zeros(size, len(process_NJ), dtype=torch.bool, device=process_NJ.device)
+        goes_PN.scatter_(0, process_NJ.t(), True)
+        goes_PN[me] = False
+        send_R = goes_PN.sum(1)
+        sizes = exchange_in(group, list(send_R.split(1)), [(1,)] * size, shard, "experts.counts")
+        process_R, token_R = goes_PN.nonzero().unbind(1)
+        place_NP = goes_PN.t().flatten().cumsum(0) - 1  # in the list by token
+        choice_R = place_NP.index_select(0, token_R * size + process_R)
+        token_C = torch.empty_like(token_R).scatter_(0, choice_R, token_R)
+        dtype = torch.uint8 if here < 256 else torch.int32
+
+        def local(index: Tensor, process: Tensor | int) -> Tensor:
+            number = index - process * here
+            return number.where((number >= 0) & (number < here), here).to(dtype)
+
+        local_RJ = local(expert_index_NJ.index_select(0, token_R), process_R[:, None])
+        send_rows, receive_rows = send_R.tolist(), torch.cat(sizes.wait()).tolist()
         return cls(
             shard=shard,
-            send_rows=counts_PE.sum(1).tolist(),
-            receive_rows=[sum(counts[source * here : (source + 1) * here]) for source in range(size)],
-            by_expert=by_expert,
-            by_source=_inverse(by_expert),
-            local_counts=arriving_PE.sum(0),
+            here=here,
+            leaving=RowMap.of(choice_R, token_C, len(process_NJ)),
+            send_rows=send_rows,
+            receive_rows=receive_rows,
+            local_NJ=local(expert_index_NJ, me),
+            arrived_local=exchange_rows(group, local_RJ, send_rows, receive_rows, shard, "experts.forward"),
         )
 
-    def back(self) -> _Route:
-        return _Route(self.shard, self.receive_rows, self.send_rows, self.by_expert, self.by_source, self.local_counts)
+    def trip(self, *, back: bool = False) -> _Trip:
+        sizes = (self.receive_rows, self.send_rows) if back else (self.send_rows, self.receive_rows)
+        return _Trip(self.shard, *sizes)
 
 
-def _send(rows_MD: Tensor, route: _Route) -> Tensor:
-    result = _Send.apply(rows_MD, route)
+def _check(expert_index_NJ: Tensor, num_experts: int) -> None:
+    if expert_index_NJ.device.type == "cpu" and expert_index_NJ.numel():  # an accelerator would have to be waited for
+        low, high = (int(bound) for bound in expert_index_NJ.aminmax())
+        if low < 0 or high >= num_experts:
+            raise ValueError(f"run_experts: expert {low if low < 0 else high} is outside 0 .. {num_experts - 1}")
+
+
+class _Trip:
+    """Rows under way to other processes; in the backward pass their gradients, the same way home."""
+
+    def __init__(self, shard: SequenceShard, send_rows: list[int], receive_rows: list[int]) -> None:
+        self.shard, self.send_rows, self.receive_rows = shard, send_rows, receive_rows
+        self._under_way: Pending[Tensor] | None = None
+
+    def begin(self, rows_RD: Tensor) -> Tensor:
+        """Send rows. The result stands for those that arrive, without memory of its own."""
+        self._under_way = self._exchange(rows_RD, self.send_rows, self.receive_rows, "experts.forward")
+        return _stand_in(rows_RD, sum(self.receive_rows))
+
+    def begin_home(self, grads_RD: Tensor) -> Tensor:
+        """Send gradients. The result stands for them until they are at home."""
+        self._under_way = self._exchange(grads_RD, self.receive_rows, self.send_rows, "experts.backward")
+        return _stand_in(grads_RD, len(grads_RD))
+
+    def _exchange(self, x_RD: Tensor, send_rows: list[int], receive_rows: list[int], motion: str) -> Pending[Tensor]:
+        return exchange_rows(self.shard.expert_group, x_RD, send_rows, receive_rows, self.shard, motion)
+
+    def wait(self) -> Tensor:
+        assert self._under_way is not None
+        arrived_RD, self._under_way = self._under_way.wait(), None
+        return arrived_RD
+
+
+def _stand_in(like_RD: Tensor, rows: int) -> Tensor:
+    return like_RD.new_zeros(()).expand(rows, *like_RD.shape[1:])
+
+
+def _depart(rows_RD: Tensor, trip: _Trip) -> Tensor:
+    result = _Depart.apply(rows_RD, trip)
     assert isinstance(result, Tensor)
     return result
 
 
-class _Send(torch.autograd.Function):
-    """Rows to other processes; the backward sends gradients the same way home."""
+def _arrive(arriving_RD: Tensor, trip: _Trip) -> Tensor:
+    result = _Arrive.apply(arriving_RD, trip)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _Depart(torch.autograd.Function):
+    """Rows set out; the backward awaits their gradients."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows_MD: Tensor, route: _Route) -> Tensor:
-        ctx.route = route  # type: ignore[attr-defined]
-        return _exchange_rows(rows_MD, route, "experts.forward")
+    def forward(ctx: FunctionCtx, rows_RD: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip  # type: ignore[attr-defined]
+        return trip.begin(rows_RD)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        return _exchange_rows(grads[0], ctx.route.back(), "experts.backward"), None  # type: ignore[attr-defined]
+        return ctx.trip.wait(), None  # type: ignore[attr-defined]
 
 
-def _exchange_rows(rows_MD: Tensor, route: _Route, motion: str) -> Tensor:
-    shard = route.shard
-    return exchange_rows(shard.expert_group, rows_MD, route.send_rows, route.receive_rows, shard, motion).wait()
+class _Arrive(torch.autograd.Function):
+    """Rows awaited; the backward lets their gradients set out."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, arriving_RD: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip  # type: ignore[attr-defined]
+        return trip.wait()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.trip.begin_home(grads[0].contiguous()), None  # type: ignore[attr-defined]

@@ -20,3 +20,18 @@ def grouped_matmul_reference(x_MD: Tensor, weight_EDF: Tensor, counts_E: Tensor)
     """Rows of expert e times its matrix."""
     pieces = x_MD.split(counts_E.tolist())
     return torch.cat([piece @ weight_DF for piece, weight_DF in zip(pieces, weight_EDF, strict=True)])
+
+
+def gather_rows_reference(x_ND: Tensor, token_M: Tensor) -> Tensor:
+    """Row m is that of token `token[m]`."""
+    return torch.stack([x_ND[token] for token in token_M.tolist()]) if len(token_M) else x_ND[:0]
+
+
+def sum_rows_reference(
+    rows_MD: Tensor, token_M: Tensor, num_tokens: int, weight_M: Tensor | None = None, onto_ND: Tensor | None = None
+) -> Tensor:
+    """Every row, times its weight, is added to its token."""
+    y_ND = [rows_MD.new_zeros(rows_MD.shape[1]) if onto_ND is None else onto_ND[n] for n in range(num_tokens)]
+    for row, token in enumerate(token_M.tolist()):
+        y_ND[token] = y_ND[token] + rows_MD[row] * (1 if weight_M is None else weight_M[row])
+    return torch.stack(y_ND)

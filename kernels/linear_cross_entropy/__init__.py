@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .. import triton_support
 from .portable import LinearCrossEntropy
 
 __all__ = ["linear_cross_entropy"]
@@ -27,7 +28,8 @@ def linear_cross_entropy(
     or scale its gradient, instead of calling this again.
 
     Raises:
-        ValueError: if shapes or dtypes do not agree or, on the CPU, if a target is outside the vocabulary.
+        ValueError: if shapes or dtypes do not agree or, on the CPU, if a target is outside the vocabulary. Elsewhere
+            such a target is not looked for; in the Triton kernel it makes the loss NaN.
     """
     tokens, width = hidden_ND.shape
     vocabulary = weight_VD.shape[0]
@@ -45,4 +47,7 @@ def linear_cross_entropy(
         if outside.any():
             value = int(targets_N[outside][0])
             raise ValueError(f"linear cross-entropy: target {value} is outside the vocabulary of {vocabulary}")
-    return LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, bias, chunk_size, ignore_index)
+    function = LinearCrossEntropy
+    if triton_support.takes(hidden_ND, weight_VD, bias):
+        from .triton_entropy import TritonLinearCrossEntropy as function
+    return function.apply(hidden_ND, weight_VD, targets_N, bias, chunk_size, ignore_index)

@@ -58,7 +58,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_SV, weight_VD, out=grad_hidden[start : start + chunk_size]).mul_(counted_S1)
             if grad_weight is not None:
-                _accumulate(grad_weight, grad_SV.t(), hidden_SD * counted_S1)
+                accumulate_(grad_weight, grad_SV.t(), hidden_SD * counted_S1)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight_VD.dtype, None if bias is None else bias.dtype)
         return total
@@ -79,7 +79,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+def accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right; half-precision products are summed over chunks in the total's dtype."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)

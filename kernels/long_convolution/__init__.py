@@ -8,6 +8,7 @@ batch, T tokens, D channels, K taps.
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from ..documents import checked_starts
 from ..segments import expect_shape
 from .portable import LongConvolution
@@ -60,6 +61,10 @@ def long_convolution(
     filter_DL, skip = filter_DL.to(dtype), None if skip is None else skip.to(dtype)
     taps = filter_DL.shape[1]
     if taps > WIDEST or length < _LEAST_LENGTHS[taps <= _FEW_TAPS] * taps:
+        if starts_BT is None and triton_support.takes(u_BTD, filter_DL, skip, input_gate, gate):
+            from .triton_long import TritonLongConvolution
+
+            return TritonLongConvolution.apply(u_BTD, filter_DL, skip, input_gate, gate)
         return LongConvolution.apply(u_BTD, filter_DL, skip, starts_BT, input_gate, gate)
     if input_gate is not None:
         u_BTD = (u_BTD * input_gate).to(u_BTD.dtype)

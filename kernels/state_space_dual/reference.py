@@ -34,14 +34,3 @@ def state_space_dual_reference(
         state_BHPN = decay_BH[:, :, None, None] * state_BHPN + entering_BHPN
         outputs.append((state_BHPN * C_BTHN[:, t, :, None, :]).sum(-1))
     return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x_BTHP), state_BHPN
-
-
-def state_space_dual_readout_reference(
-    state_BHPN: Tensor, log_decay_BTH: Tensor, C_BTGN: Tensor, *, document_starts: Tensor | None = None
-) -> Tensor:
-    """What `state_BHPN` adds to the outputs of the tokens after it: the recurrence with no input."""
-    nothing_BTHP = torch.zeros_like(log_decay_BTH).unsqueeze(-1).expand(-1, -1, -1, state_BHPN.shape[2])
-    return state_space_dual_reference(
-        nothing_BTHP, log_decay_BTH, torch.zeros_like(C_BTGN), C_BTGN,
-        initial_state=state_BHPN, document_starts=document_starts,
-    )[0]  # fmt: skip

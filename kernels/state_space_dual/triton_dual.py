@@ -27,7 +27,9 @@ def fits(x_BTHP: Tensor, B_BTGN: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
+    """A sequence prepared for the kernels, and what they make of it."""
+
     x_BTHP: Tensor
     B_BTGN: Tensor
     C_BTGN: Tensor
@@ -39,7 +41,7 @@ class _Inputs:
     @staticmethod
     def prepare(
         x_BTHP: Tensor, log_decay_BTH: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, starts_BT: Tensor | None
-    ) -> "_Inputs":
+    ) -> "Inputs":
         batch, length, heads, _ = x_BTHP.shape
         chunk = 16 if interpreting() else 32 if x_BTHP.dtype == torch.float32 else 64
         chunks = -(-length // chunk)
@@ -56,7 +58,7 @@ class _Inputs:
             whole_BMH = whole_BMH * unbroken_BM.unsqueeze(2)
         sums_BTH = sums_BMQH.flatten(1, 2)[:, :length].contiguous()
         x_BTHP, B_BTGN, C_BTGN = rows_contiguous(x_BTHP), rows_contiguous(B_BTGN), rows_contiguous(C_BTGN)
-        return _Inputs(x_BTHP, B_BTGN, C_BTGN, sums_BTH, whole_BMH.contiguous(), count_BT, chunk)
+        return Inputs(x_BTHP, B_BTGN, C_BTGN, sums_BTH, whole_BMH.contiguous(), count_BT, chunk)
 
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         """length, heads, groups, width, states, chunks: in the order of the kernels' arguments."""
@@ -72,8 +74,15 @@ class _Inputs:
     def count_stride(self) -> int:
         return batch_strides(self.count_BT)[0]
 
-    def carried(self, x: Tensor, B: Tensor, outermost_BHPN: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        """What enters each chunk (B, M, H, P, N), from the left or in reverse, and what leaves the outermost one."""
+    def entering(self, initial_BHPN: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The states that enter the chunks (B, M, H, P, N), from `initial_BHPN` or zero, and the last."""
+        return self._carried(self.x_BTHP, self.B_BTGN, initial_BHPN, reverse=False)
+
+    def adjoints(self, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of the states that leave the chunks (B, M, H, P, N), and of the one before the first."""
+        return self._carried(rows_contiguous(grad_y), self.C_BTGN, grad_final, reverse=True)
+
+    def _carried(self, x: Tensor, B: Tensor, outermost_BHPN: Tensor | None, *, reverse: bool) -> tuple[Tensor, Tensor]:
         _, heads, _, width, states, chunks = self.sizes()
         batch = x.shape[0]
         added = self.whole_BMH.new_empty(batch, chunks, heads, width, states)
@@ -81,7 +90,48 @@ class _Inputs:
             states_kernel, (chunks, heads, batch), x, self.sums_BTH, B, self.count_BT, added, *self.sizes(),
             x.stride()[:3], B.stride()[:3], self.count_stride(), REVERSE=reverse, **self.options(),
         )  # fmt: skip
+        if outermost_BHPN is None:
+            outermost_BHPN = self.whole_BMH.new_zeros(batch, heads, width, states)
         return pass_states(added, self.whole_BMH, outermost_BHPN, reverse=reverse)
+
+    def outputs(self, entering: Tensor) -> Tensor:
+        """y_BTHP in the dtype of x, given the states that enter the chunks."""
+        x, B, C = self.x_BTHP, self.B_BTGN, self.C_BTGN
+        y_BTHP = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _, heads, _, _, _, chunks = self.sizes()
+        triton_support.launch(
+            output_kernel, (chunks, heads, x.shape[0]), x, self.sums_BTH, B, C, self.count_BT, entering, y_BTHP,
+            *self.sizes(), x.stride()[:3], B.stride()[:3], C.stride()[:3], self.count_stride(), **self.options(),
+        )  # fmt: skip
+        return y_BTHP
+
+    def gradients(self, grad_y: Tensor, carried: Tensor, *, later: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Gradients at one end of all pairs of a chunk's tokens: (of x, of B or C, of the summed log decays, BTH).
+
+        `later`: at the outputs' end, with the entering states: no gradient of x, that of C, what exponents gain there.
+        Otherwise at the inputs' end, with the adjoints: those of x and B, and what exponents lose there.
+        """
+        grad_y = rows_contiguous(grad_y)
+        x, B, C = self.x_BTHP, self.B_BTGN, self.C_BTGN
+        length, heads, groups, _, states, chunks = self.sizes()
+        batch, shared = x.shape[0], heads // groups
+        together = next(count for count in (8, 4, 2, 1) if shared % count == 0)
+        partials = shared // together if torch.are_deterministic_algorithms_enabled() else 1
+        grad_own = carried.new_zeros(partials, batch, length, groups, states)
+        grad_x = None if later else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        grad_sums = carried.new_empty(batch, length, heads)
+        mine, theirs, own, other = (grad_y, x, C, B) if later else (x, grad_y, B, C)
+        triton_support.launch(
+            gradient_kernel, (chunks, heads // together, batch), mine, theirs, self.sums_BTH, own, other,
+            self.count_BT, carried, grad_x, grad_sums, grad_own, *self.sizes(),
+            grad_own[0].numel() if partials > 1 else 0, mine.stride()[:3], theirs.stride()[:3], own.stride()[:3],
+            other.stride()[:3], self.count_stride(), HEADS=together, LATER=later, **self.options(),
+        )  # fmt: skip
+        return grad_x, grad_own.sum(0).to(own.dtype), grad_sums
+
+    def crossing(self, entering: Tensor, adjoints: Tensor) -> Tensor:
+        """(B, M, H), gradients of the chunks' whole sums by what crosses the chunks."""
+        return (entering.flatten(3).unsqueeze(3) @ adjoints.flatten(3).unsqueeze(4)).flatten(2) * self.whole_BMH
 
 
 def pass_states(added_BMH: Tensor, whole_BMH: Tensor, outermost_BH: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -111,55 +161,31 @@ class TritonDual(torch.autograd.Function):
         initial_BHPN: Tensor,
         starts_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        inputs = _Inputs.prepare(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, starts_BT)
-        entering, final = inputs.carried(inputs.x_BTHP, inputs.B_BTGN, initial_BHPN, reverse=False)
-        x, B, C = inputs.x_BTHP, inputs.B_BTGN, inputs.C_BTGN
-        y_BTHP = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _, heads, _, _, _, chunks = inputs.sizes()
-        triton_support.launch(
-            output_kernel, (chunks, heads, x.shape[0]), x, inputs.sums_BTH, B, C, inputs.count_BT, entering, y_BTHP,
-            *inputs.sizes(), x.stride()[:3], B.stride()[:3], C.stride()[:3], inputs.count_stride(), **inputs.options(),
-        )  # fmt: skip
+        inputs = Inputs.prepare(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, starts_BT)
+        entering, final = inputs.entering(initial_BHPN)
         ctx.save_for_backward(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, initial_BHPN, starts_BT)
-        return y_BTHP, final
+        return inputs.outputs(entering), final
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_y, grad_final = rows_contiguous(grads[0]), grads[1]
+        grad_y, grad_final = grads
         x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, initial_BHPN, starts_BT = ctx.saved_tensors
-        inputs = _Inputs.prepare(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, starts_BT)
-        x, B, C = inputs.x_BTHP, inputs.B_BTGN, inputs.C_BTGN
-        length, heads, groups, _, states, chunks = inputs.sizes()
-        batch, shared = x.shape[0], heads // groups
-        entering, _ = inputs.carried(x, B, initial_BHPN, reverse=False)
-        adjoints, grad_initial = inputs.carried(grad_y, C, grad_final, reverse=True)
-        together = next(count for count in (8, 4, 2, 1) if shared % count == 0)
-        partials = shared // together if torch.are_deterministic_algorithms_enabled() else 1
-        grad_B, grad_C = entering.new_zeros(2, partials, batch, length, groups, states).unbind(0)
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        later, earlier = entering.new_empty(2, batch, length, heads).unbind(0)
-        grid, stride = (chunks, heads // together, batch), grad_B[0].numel() if partials > 1 else 0
-        for mine, theirs, own, other, carried, grad_mine, grad_sums, grad_own in (
-            (grad_y, x, C, B, entering, None, later, grad_C),
-            (x, grad_y, B, C, adjoints, grad_x, earlier, grad_B),
-        ):
-            triton_support.launch(
-                gradient_kernel, grid, mine, theirs, inputs.sums_BTH, own, other, inputs.count_BT, carried, grad_mine,
-                grad_sums, grad_own, *inputs.sizes(), stride, mine.stride()[:3], theirs.stride()[:3],
-                own.stride()[:3], other.stride()[:3], inputs.count_stride(), HEADS=together, LATER=mine is grad_y,
-                **inputs.options(),
-            )  # fmt: skip
-        crossing_BMH = (entering.flatten(3).unsqueeze(3) @ adjoints.flatten(3).unsqueeze(4)).flatten(2)
-        grad_log = _suffix_sums(later - earlier, inputs.chunk, crossing_BMH * inputs.whole_BMH)
-        grad_log = grad_log.to(log_decay_BTH.dtype)
-        return grad_x, grad_log, grad_B.sum(0).to(B.dtype), grad_C.sum(0).to(C.dtype), grad_initial, None
+        inputs = Inputs.prepare(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, starts_BT)
+        entering, _ = inputs.entering(initial_BHPN)
+        adjoints, grad_initial = inputs.adjoints(grad_y, grad_final)
+        _, grad_C, later = inputs.gradients(grad_y, entering, later=True)
+        grad_x, grad_B, earlier = inputs.gradients(grad_y, adjoints, later=False)
+        grad_log = suffix_sums(later - earlier, inputs.chunk, inputs.crossing(entering, adjoints))
+        return grad_x, grad_log.to(log_decay_BTH.dtype), grad_B, grad_C, grad_initial, None
 
 
-def _suffix_sums(grad_sums_BTH: Tensor, chunk: int, last_BMH: Tensor) -> Tensor:
+def suffix_sums(grad_sums_BTH: Tensor, chunk: int, last_BMH: Tensor | None) -> Tensor:
     """Each log decay counts in its own token's sum and in all later ones of the chunk; `last` is that of the whole."""
-    (batch, length, heads), chunks = grad_sums_BTH.shape, last_BMH.shape[1]
-    padded = grad_sums_BTH.new_zeros(batch, chunks * chunk, heads)
+    batch, length, heads = grad_sums_BTH.shape
+    padded = grad_sums_BTH.new_zeros(batch, -(-length // chunk) * chunk, heads)
     padded[:, :length] = grad_sums_BTH
-    sums_BMQH = padded.view(batch, chunks, chunk, heads).flip(2).cumsum(2).flip(2)
-    return (sums_BMQH + last_BMH.unsqueeze(2)).flatten(1, 2)[:, :length]
+    sums_BMQH = padded.view(batch, -1, chunk, heads).flip(2).cumsum(2).flip(2)
+    if last_BMH is not None:
+        sums_BMQH = sums_BMQH + last_BMH.unsqueeze(2)
+    return sums_BMQH.flatten(1, 2)[:, :length]

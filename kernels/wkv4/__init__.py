@@ -70,6 +70,10 @@ def wkv4_state(k_BTD: Tensor, v_BTD: Tensor, log_decay_D: Tensor, *, document_st
     _check("wkv4 state", k_BTD, v_BTD, log_decay_D)
     starts_BT = checked_starts(document_starts, batch, length)
     dtype = state_dtype(k_BTD, v_BTD, log_decay_D)
+    if triton_support.takes(k_BTD, v_BTD, log_decay_D):
+        from .triton_state import TritonWkv4State
+
+        return TritonWkv4State.apply(k_BTD, v_BTD, log_decay_D.to(dtype), starts_BT)
     nothing = torch.tensor(EMPTY, dtype=dtype, device=k_BTD.device).expand(batch, channels, 3)
     return walk(
         summary_segment,

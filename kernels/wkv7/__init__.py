@@ -89,6 +89,12 @@ def wkv7_transition(log_w_BTHN: Tensor, a_BTHN: Tensor, b_BTHN: Tensor) -> Tenso
     expect_shape("wkv7 transition", "a_BTHN", a_BTHN, (batch, length, heads, width))
     expect_shape("wkv7 transition", "b_BTHN", b_BTHN, (batch, length, heads, width))
     dtype = state_dtype(log_w_BTHN, a_BTHN, b_BTHN)
+    if triton_support.takes(log_w_BTHN, a_BTHN, b_BTHN):
+        from .triton_transition import transition
+        from .triton_wkv7 import WIDEST
+
+        if width <= WIDEST:
+            return transition(log_w_BTHN, a_BTHN, b_BTHN)
     moderate = is_moderate(log_w_BTHN, CHUNK)
     chunk = CHUNK if moderate else PAIRWISE_CHUNK
 

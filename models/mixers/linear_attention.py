@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ...kernels import state_space_dual, state_space_dual_readout
-from ...parallel import Constant, SequenceShard, prefix_state
+from ...parallel import Constant, SequenceShard
 from ..parameters import Linear, at_least_float32, normal
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
-from .dual import dual_prefill
+from .dual import dual_prefill, split_dual
 
 
 class LinearAttentionOptions(MixerOptions):
@@ -52,12 +51,8 @@ class LinearAttention(Mixer):
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
         q_BTHK, k_BTHK, v_BTHP = self.project(x_BTD)
         decay_BTH = q_BTHK.new_zeros(q_BTHK.shape[:3])
-        starts_BT = shard.start_mask(x_BTD.device)
-        y_BTHP, state_BHPK = state_space_dual(v_BTHP, decay_BTH, k_BTHK, q_BTHK, document_starts=starts_BT)
-        if shard.size > 1:
-            transition = Constant(state_BHPK.new_zeros(1), shard.reset_mask(x_BTD.device))
-            entering_BHPK = prefix_state(transition, state_BHPK, shard)
-            y_BTHP = state_space_dual_readout(entering_BHPK, decay_BTH, q_BTHK, onto=y_BTHP, document_starts=starts_BT)
+        undiminished = Constant(decay_BTH.new_zeros(1), shard.reset_mask(x_BTD.device))
+        y_BTHP = split_dual(v_BTHP, decay_BTH, k_BTHK, q_BTHK, undiminished, shard)
         return self.out_proj(self.ratio(y_BTHP).to(x_BTD.dtype))
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:

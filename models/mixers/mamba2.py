@@ -4,7 +4,7 @@
     S_t = exp(delta_t a) S_{t-1} + delta_t x_t B_t'     y_t = S_t C_t + D x_t     out = out_proj(norm(y * SiLU(z)))
 
 The norm comes after the gate, and its mean is over the channels of each group. Split along the sequence: the
-convolution takes a halo; a state and one sum of log-decays a head travel while the gate is projected.
+convolution takes a halo; a state and one sum of log-decays a head travel while each shard computes its own outputs.
 
 Shapes: B batch, T local tokens, D model width, C inner channels, H heads, P head width (C = H P), G groups of heads
 that share B and C, N state size, W convolution width.
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ...kernels import rms_norm, short_convolution, state_space_dual, state_space_dual_readout
-from ...parallel import PerHead, SequenceShard, begin_prefix_state, projected_halo
+from ...kernels import rms_norm, short_convolution
+from ...parallel import PerHead, SequenceShard, projected_halo
 from ..parameters import Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, uniform
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
-from .dual import dual_prefill
+from .dual import dual_prefill, split_dual
 from .mamba import log_uniform_step_sizes
 
 
@@ -83,16 +83,10 @@ class Mamba2(Mixer):
         x_BTHP, B_BTGN, C_BTGN = self.split(streams_BTM)
         delta_BTH, log_decay_BTH = self.select(delta_BTH)
         fed_BTHP = (x_BTHP * delta_BTH.unsqueeze(-1)).to(x_BTD.dtype)
-        y_BTHP, state_BHPN = state_space_dual(fed_BTHP, log_decay_BTH, B_BTGN, C_BTGN, document_starts=starts_BT)
         transition = PerHead(log_decay_BTH.sum(dim=1), shard.reset_mask(x_BTD.device))
-        entering = begin_prefix_state(transition, state_BHPN, shard)
+        y_BTHP = split_dual(fed_BTHP, log_decay_BTH, B_BTGN, C_BTGN, transition, shard)
         y_BTHP = y_BTHP + self.D.unsqueeze(-1) * x_BTHP
-        z_BTC = self.project_gate(x_BTD)
-        if shard.size > 1:
-            y_BTHP = state_space_dual_readout(
-                entering.wait(), log_decay_BTH, C_BTGN, onto=y_BTHP, document_starts=starts_BT
-            )
-        return self.output(y_BTHP.to(x_BTD.dtype), z_BTC)
+        return self.output(y_BTHP.to(x_BTD.dtype), self.project_gate(x_BTD))
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         streams_BTM, delta_BTH = self.project_streams(x_BTD)

@@ -3,9 +3,9 @@
     q, k, v, g = projections of x, q and k / sqrt(K) rotated by their positions
     S_t = gamma S_{t-1} + v_t k_t'        o_t = S_t q_t        out = out_proj(SiLU(g) * norm(o)), the norm head by head
 
-The same decay at every token: between shards only the state travels, while g is projected. The rotation is by GLOBAL
-positions. The paper divides scores by factors that depend on head and position; the norm cancels them but for its
-epsilon, and they are left out, as they would tie outputs to how the sequence is cut.
+The same decay at every token: between shards only the state travels, while each computes its own outputs. The
+rotation is by GLOBAL positions. The paper divides scores by factors that depend on head and position; the norm cancels
+them but for its epsilon, and they are left out, as they would tie outputs to how the sequence is cut.
 
 Shapes: B batch, T local tokens, D model width, H heads, K key width and P value width of a head.
 """
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ...kernels import rms_norm, rotary, state_space_dual, state_space_dual_readout
-from ...parallel import Constant, SequenceShard, begin_prefix_state
+from ...kernels import rms_norm, rotary
+from ...parallel import Constant, SequenceShard
 from ..parameters import Initialiser, Linear, at_least_float32
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
-from .dual import dual_prefill
+from .dual import dual_prefill, split_dual
 
 
 class RetNetOptions(MixerOptions):
@@ -67,16 +67,9 @@ class RetNet(Mixer):
         q_BTHK, k_BTHK, v_BTHP = self.project(x_BTD, positions_T)
         log_gamma_H = self.log_gamma(x_BTD.device)
         decay_BTH = log_gamma_H.to(torch.promote_types(x_BTD.dtype, torch.float32)).expand(*x_BTD.shape[:2], -1)
-        starts_BT = shard.start_mask(x_BTD.device)
-        o_BTHP, state_BHPK = state_space_dual(v_BTHP, decay_BTH, k_BTHK, q_BTHK, document_starts=starts_BT)
         transition = Constant(log_gamma_H[:, None, None], shard.reset_mask(x_BTD.device))
-        entering = begin_prefix_state(transition, state_BHPK, shard)
-        g_BTC = self.g_proj(x_BTD)
-        if shard.size > 1:
-            o_BTHP = state_space_dual_readout(
-                entering.wait(), decay_BTH, q_BTHK, onto=o_BTHP, document_starts=starts_BT
-            )
-        return self.output(o_BTHP.to(x_BTD.dtype), g_BTC)
+        o_BTHP = split_dual(v_BTHP, decay_BTH, k_BTHK, q_BTHK, transition, shard)
+        return self.output(o_BTHP.to(x_BTD.dtype), self.g_proj(x_BTD))
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         positions_T = state["position"] + torch.arange(shard.start, shard.stop, device=x_BTD.device)

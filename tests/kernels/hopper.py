@@ -26,8 +26,8 @@ from longstride import kernels
 from longstride.kernels import triton_support
 from longstride.kernels.modal_convolution import modal_convolution
 from longstride.kernels.state_space_dual import state_space_dual
-from longstride.kernels.wkv4 import wkv4
-from longstride.kernels.wkv7 import wkv7
+from longstride.kernels.wkv4 import wkv4, wkv4_state
+from longstride.kernels.wkv7 import wkv7, wkv7_transition
 
 from .narrow_offsets import narrow_kernel
 from .offsets import narrow_offsets
@@ -72,6 +72,7 @@ def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], An
         return torch.randn([least] * len(shape) if smallest else shape, dtype=of).requires_grad_()
 
     single, length = torch.float32, 1 if smallest else 512
+    rows = kernels.RowMap.of_sorted(torch.arange(1 if smallest else 20), 1 if smallest else 2)
     starts = torch.zeros(1, length, dtype=torch.bool)
 
     def scan(states: int) -> Any:
@@ -95,6 +96,12 @@ def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], An
         tensors = x(1, length, 8, 64), x(1, length, 8), x(1, length, 1, states), x(1, length, 1, states)
         return state_space_dual(*tensors, document_starts=starts)
 
+    def dual_in_stages(states: int) -> Any:
+        tensors = x(1, length, 8, 64), x(1, length, 8), x(1, length, 2, states), x(1, length, 2, states)
+        stages = kernels.begin_state_space_dual(*tensors, document_starts=starts)
+        stages.compute_local()
+        return stages.finish(x(1, 8, 64, states, of=single)), stages.leaving
+
     return [
         lambda: scan(16),
         lambda: scan(64),
@@ -107,13 +114,15 @@ def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], An
         lambda: kernels.short_convolution(x(1, length, 128), x(128, 7), x(128)),
         lambda: kernels.short_convolution(x(1, length, 128), x(128, 24), document_starts=starts),
         lambda: kernels.short_convolution(x(1, length, 128), x(128, 128)),
+        lambda: kernels.long_convolution(
+            x(2, length, 64), x(64, length), skip=x(64), input_gate=x(2, length, 64), gate=x(2, length, 64)
+        ),
+        lambda: kernels.long_convolution(x(2, length, 64), x(64, length)),
         lambda: kernels.gated_linear_attention(*(x(1, length, 2, 64) for _ in range(4)), document_starts=starts),
         lambda: kernels.selective_scan_readout(
             x(1, 64, 16, of=single), x(1, length, 64), x(64, 16, of=single), x(1, length, 16), document_starts=starts
         ),
-        lambda: kernels.state_space_dual_readout(
-            x(1, 8, 64, 128, of=single), x(1, length, 8), x(1, length, 2, 128), document_starts=starts
-        ),
+        lambda: dual_in_stages(64 if dtype == single else 128),
         lambda: kernels.gated_linear_attention_readout(
             x(1, 2, 64, 64, of=single), x(1, length, 2, 64), x(1, length, 2, 64)
         ),
@@ -123,8 +132,16 @@ def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], An
         lambda: kernels.rms_norm(x(10, 4096), x(4096)),
         lambda: kernels.rotary(x(1, 512, 4, 128, least=2), torch.arange(2 if smallest else 512)),
         lambda: kernels.swiglu(x(10, 4096), x(10, 4096)),
+        lambda: kernels.gather_rows(x(10, 4096), rows),
+        lambda: kernels.sum_rows(x(20, 4096), rows),
+        lambda: kernels.sum_rows(x(20, 4096), rows, x(20), x(10, 4096)),
+        lambda: kernels.linear_cross_entropy(
+            x(10, 64), x(70000, 64), torch.zeros(1 if smallest else 10, dtype=torch.int64), bias=x(70000)
+        ),
         lambda: wkv4(x(1, length, 64), x(1, length, 64), x(64), x(64), document_starts=starts),
+        lambda: wkv4_state(x(1, length, 64), x(1, length, 64), x(64), document_starts=starts),
         lambda: wkv7(*(x(1, length, 2, 64) for _ in range(6)), document_starts=starts),
+        lambda: wkv7_transition(*(x(1, length, 2, 64) for _ in range(3))),
     ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import cpu_cases, gpu_cases, kernels_cpu, kernels_gpu
+from benchmarks import cpu_cases, gpu_cases, gpu_common, kernels_cpu, kernels_gpu
 from benchmarks.measuring import Row, forward_backward, table
 
 TINY = {
@@ -24,8 +24,8 @@ def test_every_gpu_case_runs_forward_and_backward(name: str, monkeypatch: pytest
     def missing(module: str, name: str) -> None:
         raise ImportError(module)
 
-    monkeypatch.setattr(gpu_cases, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_cases, "_peer", missing)
+    monkeypatch.setattr(gpu_common, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_common, "peer", missing)
     try:
         inputs, function = gpu_cases.CASES[name](**gpu_plan()[name])
     except ImportError:
@@ -73,5 +73,5 @@ def test_cpu_claims_and_growth() -> None:
     rows = [Row(group, name, sizes, 1.0, 1.0, 1 << 20) for group, name, sizes, _ in kernels_cpu.plan(1 << 20)]
     assert len(kernels_cpu.check(rows)) == len(kernels_cpu.CLAIMS)
     lines = kernels_cpu.growth(rows).splitlines()
-    assert len(lines) == len(kernels_cpu.GROWING) + 1
+    assert len(lines) == len(kernels_cpu.GROWN) + 1
     assert "0.95 1" in lines[1] and "-" not in lines[1].split(maxsplit=2)[2]

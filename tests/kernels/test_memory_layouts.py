@@ -22,7 +22,14 @@ def sequences(count: int, *shape: int) -> list[Tensor]:
     return [leaf(*shape, seed=seed) for seed in range(count)]
 
 
-COUNTS = torch.tensor([3, 0, 5])
+def in_stages(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, entering: Tensor) -> Tensor:
+    stages = kernels.begin_state_space_dual(x, log_decay, B, C)
+    stages.compute_local()
+    return stages.finish(entering)
+
+
+ROWS = kernels.RowMap.of(torch.tensor([3, 0, 2, 1]), torch.tensor([0, 0, 2, 3]), 5)
+COUNTS, TARGETS = torch.tensor([3, 0, 5]), torch.tensor([1, 0, -100, 3, 2])
 # operation, inputs
 DOORS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "attention": (kernels.attention, sequences(3, 2, 7, 2, 4)),
@@ -30,7 +37,12 @@ DOORS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         kernels.gated_linear_attention,
         [*sequences(3, 2, 7, 2, 3), negative(2, 7, 2, 3)],
     ),
+    "gather_rows": (lambda x: kernels.gather_rows(x, ROWS), [leaf(5, 6)]),
     "grouped_matmul": (lambda x, w: kernels.grouped_matmul(x, w, COUNTS), [leaf(8, 4), leaf(3, 4, 6)]),
+    "linear_cross_entropy": (
+        lambda h, w, b: kernels.linear_cross_entropy(h, w, TARGETS, bias=b, chunk_size=3).unsqueeze(0),
+        [leaf(5, 3), leaf(7, 3), leaf(7)],
+    ),
     "long_convolution": (kernels.long_convolution, [leaf(2, 9, 3), leaf(3, 9)]),
     "modal_convolution": (kernels.modal_convolution, [leaf(2, 9, 3), negative(3, 2), leaf(3, 2)]),
     "rms_norm": (lambda x, w, g: kernels.rms_norm(x, w, gate=g), [leaf(2, 5, 6), leaf(6), leaf(2, 5, 6, seed=1)]),
@@ -45,9 +57,16 @@ DOORS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         kernels.state_space_dual,
         [leaf(2, 7, 2, 3), negative(2, 7, 2), *sequences(2, 2, 7, 1, 2)],
     ),
+    "state_space_dual in stages": (
+        in_stages,
+        [leaf(2, 7, 2, 3), negative(2, 7, 2), *sequences(2, 2, 7, 1, 2), leaf(2, 2, 3, 2)],
+    ),
+    "sum_rows": (lambda x, w, y: kernels.sum_rows(x, ROWS, w, y), [leaf(4, 6), leaf(4), leaf(5, 6)]),
     "swiglu": (kernels.swiglu, sequences(2, 2, 5, 6)),
     "wkv4": (kernels.wkv4, [*sequences(2, 2, 7, 3), negative(3), leaf(3)]),
+    "wkv4_state": (kernels.wkv4_state, [*sequences(2, 2, 7, 3), negative(3)]),
     "wkv7": (kernels.wkv7, [leaf(2, 7, 1, 3), negative(2, 7, 1, 3), *sequences(4, 2, 7, 1, 3)]),
+    "wkv7_transition": (kernels.wkv7_transition, [negative(2, 7, 1, 3), *sequences(2, 2, 7, 1, 3)]),
 }
 
 
@@ -69,7 +88,7 @@ def test_layouts_do_not_matter(name: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", sorted(set(DOORS) - {"attention", "grouped_matmul", "long_convolution", "rotary"}))
+@pytest.mark.parametrize("name", sorted(set(DOORS) - {"attention", "grouped_matmul", "rotary"}))
 def test_layouts_do_not_matter_to_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the portable code in double precision. Rotary positions have a test of their own."""
     function, inputs = DOORS[name]

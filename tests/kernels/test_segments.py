@@ -15,11 +15,6 @@ from longstride.kernels.gated_linear_attention.reference import (
 from longstride.kernels.modal_convolution import modal_convolution
 from longstride.kernels.modal_convolution.reference import modal_convolution_reference
 from longstride.kernels.segments import walk
-from longstride.kernels.state_space_dual import state_space_dual, state_space_dual_readout
-from longstride.kernels.state_space_dual.reference import (
-    state_space_dual_readout_reference,
-    state_space_dual_reference,
-)
 from longstride.kernels.wkv4 import wkv4_state
 from longstride.kernels.wkv4.reference import wkv4_reference
 from longstride.kernels.wkv7 import wkv7, wkv7_transition
@@ -45,11 +40,9 @@ STARTS = [None, start_mask(1, 700, (0, 0), (0, 300), (0, 511)), start_mask(2, 70
 @pytest.mark.parametrize("starts", STARTS)
 def test_state_space_dual(starts: Tensor | None) -> None:
     inputs = dual_cases.arguments(2, 700, 4, 2, 2, 3, decay=0.01)
-    slow = partial(dual_cases.full, state_space_dual_reference, document_starts=starts)
-    assert_same(partial(dual_cases.full, state_space_dual, chunk_size=16, document_starts=starts), slow, inputs)
-    read = [inputs[4], inputs[1], inputs[3]]
-    slow_read = partial(state_space_dual_readout_reference, document_starts=starts)
-    assert_same(partial(state_space_dual_readout, document_starts=starts), slow_read, read)
+    for fast, slow in dual_cases.WHOLE_AND_STAGED.values():
+        fast, slow = partial(fast, chunk_size=16, document_starts=starts), partial(slow, document_starts=starts)
+        assert_same(fast, slow, inputs)
 
 
 @pytest.mark.parametrize("starts", STARTS)
@@ -127,8 +120,8 @@ def test_memory_is_one_segment() -> None:
         kept.append(x)
         return x
 
-    inputs = dual_cases.arguments(1, 4096, 2, 4, 1, 2)
+    inputs = gla_cases.arguments(1, 4096, 2, 4, 2)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        dual_cases.full(state_space_dual, *inputs, chunk_size=64)
+        gla_cases.full(gated_linear_attention, *inputs)
     arguments = sum(x.numel() for x in inputs)
     assert sum(x.numel() for x in kept) <= arguments + 16 * inputs[4].numel()

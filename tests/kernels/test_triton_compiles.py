@@ -13,7 +13,10 @@ from .offsets import narrow_offsets
 
 # of each module of kernels/ every kernel: names repeat, modules do not hide each other's
 KERNELS = {
+    "experts.triton_permutation": "gather_kernel sum_kernel sum_gradient_kernel",
     "gated_linear_attention.triton_chunks": "gated_states_kernel gated_output_kernel gated_gradient_kernel",
+    "linear_cross_entropy.triton_entropy": "entropy_kernel",
+    "long_convolution.triton_fourier": "rows_kernel tokens_kernel tokens_gradient_kernel spectra_kernel",
     "long_convolution.triton_toeplitz": "band_kernel band_taps_kernel",
     "modal_convolution.triton_readout": "modal_readout_kernel modal_moments_kernel",
     "modal_convolution.triton_walks": "walk_kernel mode_gradient_kernel pass_kernel",
@@ -26,7 +29,9 @@ KERNELS = {
     "state_space_dual.triton_chunks": "states_kernel pass_kernel output_kernel gradient_kernel",
     "swiglu.triton_swiglu": "swiglu_kernel swiglu_gradient_kernel",
     "triton_readout": "readout_kernel readout_gradient_kernel",
+    "wkv4.triton_state": "wkv4_state_kernel wkv4_state_gradient_kernel",
     "wkv4.triton_wkv4": "wkv4_kernel wkv4_gradient_kernel",
+    "wkv7.triton_transition": "transition_kernel transition_gradient_kernel",
     "wkv7.triton_wkv7": "wkv7_kernel wkv7_gradient_kernel",
 }
 CONTROL = ("tests.kernels.narrow_offsets", "narrow_kernel")

@@ -2,8 +2,9 @@
 
 Inputs whose tokens are 2^30 elements from each other, and gradients that arrive so, reach the kernels as they lie: few
 pages of them exist. Every element that a 32-bit offset would misplace belongs to another page or to none. Kernels that
-ask for dense copies (RWKV-7, the Toeplitz products) cannot be tested so; for those, and for offsets of outputs, the
-compiled code is searched for 32-bit products (test_triton_compiles.py) and whole tensors are used where a GPU is.
+ask for dense copies (RWKV-7, the Toeplitz products), or read what a matrix product wrote (the loss), cannot be tested
+so; for those, and for offsets of outputs, the compiled code is searched for 32-bit products (test_triton_compiles.py)
+and whole tensors are used where a GPU is.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from longstride import kernels
 from longstride.kernels import triton_support
+from longstride.kernels.experts.reference import gather_rows_reference, sum_rows_reference
+from longstride.kernels.long_convolution.reference import long_convolution_reference
 from longstride.kernels.norms.reference import rms_norm_reference
 from longstride.kernels.rotary.reference import rotary_reference
 from longstride.kernels.short_convolution.reference import short_convolution_reference
@@ -24,6 +27,8 @@ from longstride.kernels.swiglu.reference import swiglu_reference
 from . import test_triton_readouts as readouts
 from .compare import leaf, relative_error
 from .native import BFLOAT16_BOUND, DEVICE, FLOAT32_BOUND, NATIVE, needs_triton, on_gpu, triton_chosen
+from .test_convolutions import gated as convolution_full
+from .test_convolutions import gated_arguments as convolution_arguments
 from .test_gated_linear_attention import arguments as gated_arguments
 from .test_gated_linear_attention import full as gated_full
 from .test_modal_convolution import arguments as modal_arguments
@@ -32,8 +37,10 @@ from .test_selective_scan import arguments as scan_arguments
 from .test_selective_scan import full as scan_full
 from .test_state_space_dual import arguments as dual_arguments
 from .test_state_space_dual import full as dual_full
+from .test_triton_recurrences import last_state
 from .test_wkv4 import arguments as wkv4_arguments
 from .test_wkv4 import full as wkv4_full
+from .test_wkv7 import arguments as wkv7_arguments
 
 # one process at a time: on a GPU these take gigabytes
 pytestmark = [needs_triton, pytest.mark.xdist_group("memory")]
@@ -66,6 +73,25 @@ def turn(function: Callable[..., Any], x: Tensor) -> Tensor:
     return function(x, torch.arange(TOKENS, device=x.device))
 
 
+ROWS = kernels.RowMap.of(torch.tensor([2, 0, 1]), torch.tensor([0, 2, 2]), TOKENS)
+
+
+def on(device: torch.device) -> kernels.RowMap:
+    return kernels.RowMap(*(x.to(device) for x in vars(ROWS).values()))
+
+
+def gathered(function: Callable[..., Any], x: Tensor) -> Tensor:
+    rows = on(x.device)
+    return function(x[0], rows if function is kernels.gather_rows else rows.token_M).unsqueeze(0)
+
+
+def summed(function: Callable[..., Any], values: Tensor, weight: Tensor, onto: Tensor) -> Tensor:
+    rows = on(values.device)
+    if function is kernels.sum_rows:
+        return function(values[0], rows, weight, onto[0]).unsqueeze(0)
+    return function(values[0], rows.token_M, TOKENS, weight[rows.choice_M], onto[0]).unsqueeze(0)
+
+
 def modal_read(function: Callable[..., Any], *inputs: Tensor) -> Tensor:
     return function(*inputs, TOKENS)
 
@@ -87,7 +113,11 @@ CASES: dict[str, tuple[tuple[Callable[..., Any], Callable[..., Any]], Callable[.
     "modal": (
         pair("modal_convolution", "modal_convolution"), modal_full, modal_arguments(1, TOKENS, 3, 2, True), (0,),
     ),
+    "wkv4 state": ((kernels.wkv4_state, last_state), plain, wkv4_arguments(1, TOKENS, 3)[:3], (0, 1)),
     "wkv4": (pair("wkv4", "wkv4"), wkv4_full, wkv4_arguments(1, TOKENS, 3), (0, 1)),
+    "wkv7 transition": (
+        pair("wkv7", "wkv7_transition"), plain, [wkv7_arguments(1, TOKENS, 1, 3)[i] for i in (1, 4, 5)], (0, 1, 2),
+    ),
     "scan read-out": (readouts.CASES["scan"][:2], plain, first_sequence(readouts.scan_inputs(TOKENS, 0.05)), (1, 3)),
     "dual read-out": (readouts.CASES["dual"][:2], plain, first_sequence(readouts.dual_inputs(TOKENS, 0.05)), (2,)),
     "gated read-out": (readouts.CASES["gated"][:2], plain, first_sequence(readouts.gated_inputs(TOKENS, 0.05)), (1,)),
@@ -99,14 +129,24 @@ CASES: dict[str, tuple[tuple[Callable[..., Any], Callable[..., Any]], Callable[.
         (kernels.short_convolution, short_convolution_reference), plain,
         [leaf(1, TOKENS, 5), leaf(5, 3)], (0,),
     ),
+    "long convolution": (
+        (kernels.long_convolution, long_convolution_reference), convolution_full,
+        convolution_arguments(1, TOKENS, 5, 3), (0, 3, 4),
+    ),
     "norm": (
         (kernels.rms_norm, rms_norm_reference), norm, [leaf(1, TOKENS, 6), leaf(6), leaf(1, TOKENS, 6, seed=1)], (0, 2),
+    ),
+    "expert rows": ((kernels.gather_rows, gather_rows_reference), gathered, [leaf(1, TOKENS, 6)], (0,)),
+    "expert sums": (
+        (kernels.sum_rows, sum_rows_reference), summed,
+        [leaf(1, TOKENS, 6), leaf(TOKENS), leaf(1, TOKENS, 6, seed=1)], (0, 2),
     ),
     "rotary": ((kernels.rotary, rotary_reference), turn, [leaf(1, TOKENS, 2, 4)], (0,)),
     "swiglu": (
         (kernels.swiglu, swiglu_reference), plain, [leaf(1, TOKENS, 6), leaf(1, TOKENS, 6, seed=1)], (0, 1),
     ),
 }  # fmt: skip
+WITHOUT_OUTPUTS = ("wkv4 state", "wkv7 transition")  # what they give has no tokens
 RUNS = [(case, which) for case, (*_, far) in CASES.items() for which in far or (None,)]
 
 
@@ -127,10 +167,11 @@ def test_tokens_far_apart(case: str, which: int | None, monkeypatch: pytest.Monk
     grad_y = leaf(*(result if isinstance(result, Tensor) else result[0]).shape, seed=9).detach()
     expected = results(partial(call, reference), exact, grad_y)
     inputs = [x.detach().to(DEVICE, torch.complex64 if x.is_complex() else torch.float32) for x in given]
-    far = [far_apart(grad_y)]
+    far = [] if case in WITHOUT_OUTPUTS else [far_apart(grad_y)]
+    grad_y = far[0] if far else grad_y.to(DEVICE, torch.float32)
     if which is not None:
         far.append(far_apart(inputs[which]))
-        inputs[which] = far[1]
+        inputs[which] = far[-1]
     read: set[int] = set()
     with triton_chosen(monkeypatch), monkeypatch.context() as patch:
         launch = triton_support.launch
@@ -140,7 +181,7 @@ def test_tokens_far_apart(case: str, which: int | None, monkeypatch: pytest.Monk
             launch(kernel, grid, *args, **options)
 
         patch.setattr(triton_support, "launch", watched)
-        found = results(partial(call, door), [x.requires_grad_() for x in inputs], far[0])
+        found = results(partial(call, door), [x.requires_grad_() for x in inputs], grad_y)
     assert read >= {x.data_ptr() for x in far}, "a kernel was given a dense copy"
     for value, want in zip(found, expected, strict=True):
         assert relative_error(value.cpu(), want) < FLOAT32_BOUND
@@ -175,11 +216,19 @@ def rwkv7(x: Tensor, log_w: Tensor, direction: Tensor, starts: Tensor | None) ->
     return kernels.wkv7(x, -log_w.abs(), x, x, direction, direction, document_starts=starts)[0]
 
 
+def there_and_back(x: Tensor, starts: Tensor | None) -> Tensor:
+    """Every token's row in reversed order, and back with a weight."""
+    rows = kernels.RowMap.of_sorted(torch.arange(x.shape[1], device=x.device).flip(0), 1)
+    weight = torch.full((x.shape[1],), 0.5, dtype=x.dtype, device=x.device)
+    return kernels.sum_rows(kernels.gather_rows(x[0], rows), rows, weight).unsqueeze(0)
+
+
 TAIL = 300
 # what takes sequences and where documents begin, sizes of the sequences: the first has 2^31 elements and some more
 LARGE: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "scan": (scan, [(1, (1 << 20) + TAIL, width) for width in (2048, 2048, 16, 16)]),
     "norm": (gated_norm, [(1, (1 << 19) + TAIL, 4096)] * 2),
+    "expert rows": (there_and_back, [(1, (1 << 19) + TAIL, 4096)]),
     "swiglu": (lambda gate, up, starts: kernels.swiglu(gate, up), [(1, (1 << 19) + TAIL, 4096)] * 2),
     "wkv7": (rwkv7, [(1, (1 << 17) + TAIL, 1024, 16)] * 3),
 }
@@ -203,3 +252,58 @@ def test_last_tokens_of_more_than_two_to_the_31_elements(operation: str) -> None
     expected = (y_tail, *torch.autograd.grad(y_tail, tails, grad_y[:, -TAIL:].clone()))
     for value, want in zip(kept, expected, strict=True):
         assert relative_error(value, want.double()) < BFLOAT16_BOUND
+
+
+def convolution(u: Tensor, gate: Tensor) -> Tensor:
+    """With more taps than Toeplitz products take."""
+    taps = torch.sin(torch.arange(300.0, device=u.device)).expand(u.shape[2], -1)
+    return kernels.long_convolution(u, taps, input_gate=gate, gate=gate)
+
+
+def last_wkv4(k: Tensor, v: Tensor) -> Tensor:
+    return kernels.wkv4_state(k, v, -torch.ones(k.shape[2], device=k.device)).unsqueeze(1)
+
+
+def transition(log_w: Tensor, a: Tensor) -> Tensor:
+    return kernels.wkv7_transition(-log_w.abs(), a, a).unsqueeze(1)
+
+
+# what treats columns (the third dimension) each by itself, sizes of its inputs
+COLUMNS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
+    "long convolution": (convolution, (1, (1 << 20) + TAIL, 2048)),
+    "wkv4 state": (last_wkv4, (1, (1 << 20) + TAIL, 2048)),
+    "wkv7 transition": (transition, (1, (1 << 17) + TAIL, 1024, 16)),
+}
+
+
+@on_gpu
+@pytest.mark.skipif(memory_of_gpu() < 75, reason="needs a GPU with 75 GiB of memory")
+@pytest.mark.parametrize("operation", COLUMNS)
+def test_last_columns_of_more_than_two_to_the_31_elements(operation: str) -> None:
+    """Outputs and gradients of the last eight columns equal those without the others."""
+    function, shape = COLUMNS[operation]
+    inputs = [(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) * 0.2).requires_grad_() for _ in range(2)]
+    columns = [x.detach()[:, :, -8:].clone().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    grad_y = torch.randn_like(y)
+    kept = [x[:, :, -8:].clone() for x in (y, *torch.autograd.grad(y, inputs, grad_y))]
+    want_y = function(*columns)
+    expected = (want_y, *torch.autograd.grad(want_y, columns, grad_y[:, :, -8:].clone()))
+    for value, want in zip(kept, expected, strict=True):
+        assert relative_error(value, want.double()) < BFLOAT16_BOUND
+
+
+@on_gpu
+@pytest.mark.skipif(memory_of_gpu() < 75, reason="needs a GPU with 75 GiB of memory")
+def test_logits_of_more_than_two_to_the_31_elements() -> None:
+    """All of them in one chunk: gradients of the last tokens equal those without the others."""
+    tokens, vocabulary = (1 << 15) + TAIL, 1 << 16
+    hidden, weight = (torch.randn(size, 16, device=DEVICE, dtype=torch.bfloat16) for size in (tokens, vocabulary))
+    targets = torch.randint(vocabulary, (tokens,), device=DEVICE)
+
+    def gradient(hidden: Tensor, targets: Tensor) -> Tensor:
+        hidden = hidden.clone().requires_grad_()
+        return torch.autograd.grad(kernels.linear_cross_entropy(hidden, weight, targets, chunk_size=tokens), hidden)[0]
+
+    value, want = gradient(hidden, targets)[-TAIL:], gradient(hidden[-TAIL:], targets[-TAIL:])
+    assert relative_error(value, want.double()) < BFLOAT16_BOUND

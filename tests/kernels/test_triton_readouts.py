@@ -12,12 +12,11 @@ from longstride.kernels import (
     gated_linear_attention_readout,
     modal_readout,
     selective_scan_readout,
-    state_space_dual_readout,
 )
 from longstride.kernels.gated_linear_attention.reference import gated_linear_attention_readout_reference
 from longstride.kernels.modal_convolution.reference import modal_readout_reference
 from longstride.kernels.selective_scan.reference import selective_scan_readout_reference
-from longstride.kernels.state_space_dual.reference import state_space_dual_readout_reference
+from longstride.kernels.state_space_dual.reference import state_space_dual_reference
 
 from .compare import leaf, start_mask
 from .native import DEVICE, NATIVE, assert_close, errors, needs_triton, triton_chosen
@@ -39,6 +38,18 @@ def scan_inputs(length: int, rate: float) -> list[Tensor]:
 def dual_inputs(length: int, rate: float) -> list[Tensor]:
     """Four heads that share two projections."""
     return [leaf(BATCH, 4, 3, 5, seed=1), decays(BATCH, length, 4, rate=rate), leaf(BATCH, length, 2, 5, seed=4)]
+
+
+def dual_readout(state: Tensor, log_decay: Tensor, C: Tensor, *, document_starts: Tensor | None = None) -> Tensor:
+    """The last stage of a split state-space dual."""
+    from longstride.kernels.triton_readout import TritonReadout
+
+    return TritonReadout.apply(state.float().mT, log_decay.unsqueeze(-1), C, document_starts)
+
+
+def dual_readout_reference(state: Tensor, log_decay: Tensor, C: Tensor, **options: Any) -> Tensor:
+    nothing = log_decay.new_zeros(*log_decay.shape, state.shape[2]), log_decay, torch.zeros_like(C), C
+    return state_space_dual_reference(*nothing, initial_state=state, **options)[0]
 
 
 def gated_inputs(length: int, rate: float) -> list[Tensor]:
@@ -67,8 +78,8 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., lis
         ["scan_readout_kernel", "scan_readout_gradient_kernel"],
     ),
     "dual": (
-        state_space_dual_readout,
-        state_space_dual_readout_reference,
+        dual_readout,
+        dual_readout_reference,
         dual_inputs,
         ["readout_kernel", "readout_gradient_kernel"],
     ),

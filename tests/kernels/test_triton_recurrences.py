@@ -4,14 +4,15 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
-from longstride.kernels.wkv4 import EMPTY, wkv4
+from longstride.kernels.wkv4 import EMPTY, wkv4, wkv4_state
 from longstride.kernels.wkv4.reference import wkv4_reference
-from longstride.kernels.wkv7 import wkv7
-from longstride.kernels.wkv7.reference import wkv7_reference
+from longstride.kernels.wkv7 import wkv7, wkv7_transition
+from longstride.kernels.wkv7.reference import wkv7_reference, wkv7_transition_reference
 
 from .compare import start_mask
-from .native import DEVICE, FLOAT32_BOUND, NATIVE, assert_close, errors, needs_triton, triton_chosen
+from .native import BFLOAT16_BOUND, DEVICE, FLOAT32_BOUND, NATIVE, assert_close, errors, needs_triton, triton_chosen
 from .test_wkv4 import arguments as arguments4
 from .test_wkv4 import full as full4
 from .test_wkv7 import arguments as arguments7
@@ -54,6 +55,37 @@ def test_wkv4_in_bfloat16(shape: tuple[int, int, int], monkeypatch: pytest.Monke
     assert EMPTY[2] > torch.finfo(torch.float32).min
 
 
+def last_state(k: Tensor, v: Tensor, log_decay: Tensor, **options) -> Tensor:
+    return wkv4_reference(k, v, log_decay, torch.zeros_like(log_decay), **options)[1]
+
+
+@pytest.mark.parametrize(("keys", "dtype"), [(2.0, torch.float32), (30.0, torch.float32), (2.0, torch.bfloat16)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 11, 3), (1, 33, 20), *([(2, 3000, 100)] if NATIVE else [])])
+def test_wkv4_state_is_the_last_of_the_step_loop(
+    shape: tuple[int, int, int], keys: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exponent too, and the gradient of the key that set it; no worse than the step loop in the same precision."""
+    inputs = arguments4(*shape, keys=keys)[:3]
+    with triton_chosen(monkeypatch) as launched:
+        found = errors(wkv4_state, last_state, inputs, dtype)
+    loop = errors(last_state, last_state, inputs, dtype)
+    bound = FLOAT32_BOUND if dtype == torch.float32 else BFLOAT16_BOUND
+    assert all(error < max(bound, 3 * alike) for error, alike in zip(found, loop, strict=True)), (found, loop)
+    assert launched == ["wkv4_state_kernel", "wkv4_state_gradient_kernel"]
+
+
+@pytest.mark.parametrize(("rows", "positions"), [(1, (0,)), (2, (3, 4, 5)), (1, (1, 8, 18)), (2, (7, 20))])
+def test_wkv4_state_of_the_last_document(
+    rows: int, positions: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole segments lie before it."""
+    starts = start_mask(rows, 21, *[(index % rows, position) for index, position in enumerate(positions)])
+    inputs, slow = arguments4(2, 21, 3)[:3], partial(last_state, document_starts=starts)
+    with triton_chosen(monkeypatch):
+        assert_close(partial(wkv4_state, document_starts=starts.to(DEVICE)), slow, inputs)
+        assert positions == (0,) or max(errors(wkv4_state, slow, inputs, torch.float32)) > 1e-3  # negative control
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 7, 2, 3), (1, 9, 1, 18), *([(1, 500, 3, 64)] if NATIVE else [])])
 def test_wkv7_equals_the_step_loop(
@@ -72,3 +104,28 @@ def test_wkv7_documents(rows: int, positions: tuple[int, ...], monkeypatch: pyte
     with triton_chosen(monkeypatch):
         assert_close(partial(full7, wkv7, document_starts=starts.to(DEVICE)), slow, inputs)
         assert max(errors(partial(full7, wkv7), slow, inputs, torch.float32)) > 1e-3  # negative control
+
+
+@pytest.mark.parametrize(("decay", "dtype"), [(0.002, torch.float32), (40.0, torch.float32), (0.606, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 11, 2, 3), (1, 25, 1, 18), (1, 38, 1, 2), *([(1, 1100, 3, 64)] if NATIVE else [])]
+)
+def test_wkv7_transition_equals_the_step_loop(
+    shape: tuple[int, int, int, int], decay: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One segment and several, an even and an odd number of them, the last one shorter."""
+    _, log_w, _, _, a, b, _ = arguments7(*shape, decay=decay)
+    with triton_chosen(monkeypatch) as launched:
+        assert_close(wkv7_transition, wkv7_transition_reference, [log_w, a, b], dtype)
+    assert launched == ["transition_kernel", "transition_gradient_kernel"]
+
+
+def test_wkv7_transitions_do_not_commute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: segments multiplied in another order would be noticed."""
+
+    def backwards(*inputs: Tensor) -> Tensor:
+        return wkv7_transition_reference(*(torch.cat((x[:, 12:], x[:, :12]), 1) for x in inputs))
+
+    _, log_w, _, _, a, b, _ = arguments7(1, 24, 2, 5)
+    with triton_chosen(monkeypatch):
+        assert min(errors(wkv7_transition, backwards, [log_w, a, b], torch.float32)) > 0.05

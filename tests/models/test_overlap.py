@@ -21,7 +21,7 @@ from tests.distributed import run_ranks
 from .cases import WIDTH, make_mixer, numbers
 
 DELAY, LENGTH = 0.2, 32
-OVERLAPPED = ["mamba", "conba", "mamba2", "retnet", "h3", "s4"]
+OVERLAPPED = ["mamba", "conba", "mamba2", "retnet", "linear_attention", "h3", "s4"]
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 Waits = dict[tuple[str, bool], list[float]]
 
@@ -79,10 +79,10 @@ def test_nobody_waits_for_a_state_that_travels_meanwhile() -> None:
             assert max(found[name, True]) < 0.5 * DELAY, name
 
 
-def test_negative_control_linear_attention_waits() -> None:
+def test_negative_control_rwkv7_waits() -> None:
     """One kernel gives its local outputs and its state: when the state leaves, nothing is left to compute."""
-    for found in run_ranks(waits, 2, ["linear_attention"]):
-        assert found["linear_attention", True][0] > 0.9 * DELAY
+    for found in run_ranks(waits, 2, ["rwkv7"]):
+        assert found["rwkv7", True][0] > 0.9 * DELAY
 
 
 def ring_events(rank: int, world: int) -> tuple[str, str]:
