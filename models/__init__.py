@@ -2,6 +2,7 @@
 
 from .build import build_model
 from .config import ConfigError, ModelConfig, one_line
+from .distillation import Distilled, distil
 from .dropout import DropoutKey
 from .language_model import LanguageModel, Losses
 from .parameters import initialise, kept_in_float32, weight_decayed
@@ -10,12 +11,14 @@ from .presets import list_presets, load_preset
 
 __all__ = [
     "ConfigError",
+    "Distilled",
     "DropoutKey",
     "LanguageModel",
     "Losses",
     "ModelConfig",
     "PlanError",
     "build_model",
+    "distil",
     "initialise",
     "kept_in_float32",
     "list_presets",

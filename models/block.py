@@ -27,9 +27,10 @@ class Block(nn.Module):
         first = all(earlier.mixer != layer.mixer for earlier in config.plan[:index])
         place = LayerPlace(config.width, index, len(config.plan), config.norm_eps, config.init_std, first)
         feed_forward_options = config.feed_forward_options(layer)
-        self.label, self.recompute = f"{index}.{layer.mixer}", config.recompute
+        self.label = f"{index}.{layer.mixer}"
         self.mixer_norm = make_norm(config.norm, config.width, config.norm_eps)
         self.mixer = config.mixer_options(layer).build(place)
+        self.recompute = config.recompute and self.mixer.recomputable
         self.feed_forward = feed_forward_options.build(place) if feed_forward_options else None
         has_second = self.feed_forward is not None
         self.feed_forward_norm = make_norm(config.norm, config.width, config.norm_eps) if has_second else None

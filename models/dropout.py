@@ -33,10 +33,10 @@ class DropoutKey:
     step: int
     first_row: int = 0
 
-    def streams(self, rows: int) -> list[int]:
-        """The keys of `rows` rows' streams, int64."""
+    def streams(self, rows: int, purpose: str = "dropout") -> list[int]:
+        """The keys of `rows` rows' streams, int64; others for each purpose."""
         numbers = range(self.first_row, self.first_row + rows)
-        return [_stream(f"{self.seed}/{self.step}/{number}") for number in numbers]
+        return [_stream(f"{purpose}/{self.seed}/{self.step}/{number}") for number in numbers]
 
 
 def dropout(x_BTD: Tensor, probability: float, key: DropoutKey, start: int) -> Tensor:
@@ -58,12 +58,12 @@ def dropped(x_BTD: Tensor, probability: float, key: DropoutKey, start: int) -> T
     for first in range(0, tokens, at_once):
         last = min(first + at_once, tokens)
         places = torch.arange((start + first) * pairs + 1, (start + last) * pairs + 1, device=x_BTD.device)
-        draws_BTC = _mix(keys_B[:, None, None] + (places * GOLDEN).view(-1, pairs))
+        draws_BTC = mix(keys_B[:, None, None] + (places * GOLDEN).view(-1, pairs))
         mask_BTD[:, first:last] = draws_BTC.view(torch.int32)[..., :width] < threshold
     return mask_BTD
 
 
-def _mix(draws: Tensor) -> Tensor:
+def mix(draws: Tensor) -> Tensor:
     """SplitMix64's, in place. int64 wraps; its shifts carry the sign along, which is masked out."""
     draws.bitwise_xor_((draws >> 30).bitwise_and_(2**34 - 1)).mul_(FIRST)
     draws.bitwise_xor_((draws >> 27).bitwise_and_(2**37 - 1)).mul_(SECOND)
@@ -71,5 +71,5 @@ def _mix(draws: Tensor) -> Tensor:
 
 
 def _stream(name: str) -> int:
-    digest = hashlib.blake2b(f"dropout/{name}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -18,6 +18,7 @@ from .config import ModelConfig
 from .dropout import DropoutKey, dropout
 from .experts import SwiGLUExperts
 from .mixers.base import Shared
+from .noise import NOISE
 from .parameters import Embedding, Linear, at_least_float32, make_norm, normal, orthogonal
 
 IGNORED = -100
@@ -75,7 +76,8 @@ class LanguageModel(nn.Module):
         Args:
             tokens_BT: int64 token ids of this shard.
             targets_BT: int64 ids that should follow each; -100 where there is nothing to predict.
-            dropout_key: of a training step: what the config's `embedding_dropout` drops; without it nothing is.
+            dropout_key: of a training step: what the config's `embedding_dropout` drops, and the noise that layers
+                draw; without it there is neither.
 
         Raises:
             ValueError: tokens that are not what the shard says.
@@ -221,6 +223,9 @@ class LanguageModel(nn.Module):
             x_BTD = dropout(x_BTD, self.config.embedding_dropout, dropout_key, shard.start)
         routers = x_BTD.new_zeros(())
         shared: Shared = {}
+        if dropout_key is not None and any(block.mixer.noise for block in self._blocks()):
+            streams = dropout_key.streams(len(x_BTD), NOISE)
+            shared[NOISE] = torch.tensor(streams, dtype=torch.int64, device=x_BTD.device)
         for block in self.blocks:
             x_BTD, block_loss, added = block(x_BTD, shard, shared)
             shared = {**shared, **added}

@@ -9,6 +9,7 @@ Lists nest, and anything can be repeated: `[mamba x 3, attention] x 2`.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -137,3 +138,18 @@ class _Parser:
         rest = self.text[self.at :]
         place = self.at + len(rest) - len(rest.lstrip()) + 1
         return PlanError(f"layers: {message}, at character {place} of {self.text!r}")
+
+
+def write_layers(layers: Sequence[LayerPlan]) -> str:
+    """A plan that `parse_plan` reads as these layers."""
+    return "[" + ", ".join(_write_layer(layer) for layer in layers) + "]"
+
+
+def _write_layer(layer: LayerPlan) -> str:
+    second = [] if layer.feed_forward is None else [(layer.feed_forward, layer.feed_forward_options)]
+    return "+".join(name + _write_options(options) for name, options in [(layer.mixer, layer.mixer_options), *second])
+
+
+def _write_options(options: dict[str, Any]) -> str:
+    pairs = ", ".join(f"{name}={json.dumps(value)}" for name, value in options.items())
+    return f"({pairs})" if pairs else ""

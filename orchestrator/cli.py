@@ -74,9 +74,19 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest; 0: among all")
     parser.add_argument("--top-p", type=float, metavar="X", help="sample among the likeliest that sum to X")
     parser.add_argument("--seed", type=int, metavar="N", help="of the random choices")
+    parser.add_argument(
+        "--modes", type=int, metavar="N", help="decode Hyena layers as recurrences of N modes a channel (order 2)"
+    )
+    _add_checkpoint(parser)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    _add_overrides(parser)
+    _add_checkpoint(parser)
+
+
+def _add_track(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     _add_overrides(parser)
 
@@ -91,6 +101,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument("out", metavar="OUT", help="directory to write")
     parser.add_argument("--layout", required=True, metavar="NAME", help="whose files they are to be, such as mamba")
+    _add_checkpoint(parser)
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +131,15 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         help="settings put over the file's: train.steps=100 data.batch=8",
+    )
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="WHICH",
+        help="latest (default), best (of the lowest validation loss), or a step such as 200",
     )
 
 
@@ -223,7 +243,7 @@ COMMANDS = (
     ),
     Command(
         "export",
-        "write a run's newest weights for other software",
+        "write a run's weights for other software",
         "longstride export runs/mamba-130m exported/mamba-130m --layout mamba",
         _add_export,
     ),
@@ -244,7 +264,7 @@ COMMANDS = (
         "track",
         "send what MLflow missed of a run, as when its server was away",
         "longstride track runs/quickstart-20261122-101500 tracking.uri=http://10.0.0.9:5000",
-        _add_evaluate,
+        _add_track,
     ),
     Command(
         "plan",

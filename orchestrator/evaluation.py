@@ -1,4 +1,4 @@
-"""`longstride evaluate`: how well a run's newest weights foretell held-out data."""
+"""`longstride evaluate`: how well a run's weights foretell held-out data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def evaluate(arguments: Namespace) -> int:
         words = launcher.with_own_workers(arguments.overrides, "evaluate")
         workers = words[-1].partition("=")[2]
         experiment = Experiment.resume(run, [*_HERE, f"parallel.sequence={workers}", *words])
-        result = measure(experiment, run, launcher.rank(), progress=_progress if first else _silent)
+        progress = _progress if first else _silent
+        result = measure(experiment, run, launcher.rank(), checkpoint=arguments.checkpoint, progress=progress)
     except Exception as error:
         if not first and is_mistake(error):
             raise EchoOfMistake from None

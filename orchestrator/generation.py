@@ -1,4 +1,4 @@
-"""`longstride generate`: a run's newest weights continue prompts, which processes of torchrun read together."""
+"""`longstride generate`: a run's weights continue prompts, which processes of torchrun read together."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from ..data import Tokenizer
+from ..models import LanguageModel, distil
 from ..parallel import Mesh
 from ..workers import Experiment, find_run
-from ..workers.configuration import validate
-from ..workers.evaluate import load_run
+from ..workers.configuration import ConfigError, validate
+from ..workers.evaluate import TrainedModel, load_run
 from ..workers.generate import SampleConfig, continuation, continuations, prompt_tokens, readers
 from ..workers.run_tokenizer import run_tokenizer
 from . import launcher
@@ -40,17 +41,18 @@ def _answer(arguments: Namespace, mesh: Mesh | None) -> None:
     chosen = {name: getattr(arguments, name) for name in SampleConfig.model_fields if name != "prompt"}
     given = {name: value for name, value in chosen.items() if value is not None}
     config = validate(SampleConfig, experiment.sample.model_dump() | given)
-    trained = load_run(run, experiment)
-    for line in trained.notes if first else ():
+    trained = load_run(run, experiment, checkpoint=arguments.checkpoint)
+    model, notes = _model(trained, arguments.modes)
+    for line in notes if first else ():
         print(f"note: {line}", file=sys.stderr)
     tokenizer = run_tokenizer(run, trained.corpus)
     prompts = [prompt_tokens(trained.corpus, prompt, tokenizer) for prompt in arguments.prompt]
     if len(prompts) > 1:
-        answers = continuations(trained.model, prompts, config, mesh, vocabulary=tokenizer.vocab_size)
+        answers = continuations(model, prompts, config, mesh, vocabulary=tokenizer.vocab_size)
         for prompt, tokens in zip(prompts, answers, strict=True) if first else ():
             print(f"{tokenizer.decode(prompt)}{tokenizer.decode(tokens)}\n")
         return
-    tokens = continuation(trained.model, prompts[0], config, mesh, vocabulary=tokenizer.vocab_size)
+    tokens = continuation(model, prompts[0], config, mesh, vocabulary=tokenizer.vocab_size)
     pieces = _pieces(tokenizer, tokens)
     if not first:
         assert not list(pieces)
@@ -59,6 +61,17 @@ def _answer(arguments: Namespace, mesh: Mesh | None) -> None:
     for text in pieces:
         print(text, end="", flush=True)
     print()
+
+
+def _model(trained: TrainedModel, modes: int | None) -> tuple[LanguageModel, list[str]]:
+    """What decodes, and what to say of it."""
+    if modes is None:
+        return trained.model, trained.notes
+    if modes < 1:
+        raise ConfigError(f"--modes {modes}: give at least 1")
+    model, errors = distil(trained.model, modes)
+    lines = [f"layer {index}: {modes} modes miss {error:.1e} of the filters" for index, error in errors.items()]
+    return model, [*trained.notes, *lines]
 
 
 def _pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:

@@ -33,20 +33,21 @@ def import_(arguments: Namespace) -> int:
 def export(arguments: Namespace) -> int:
     """As `import_`."""
 
-    def work() -> list[str]:
+    def work() -> tuple[int, list[str]]:
         run = find_run(arguments.run)
         words = launcher.with_own_workers([], "export")
         degrees = [f"parallel.{axis}=auto" for axis in ("data", "sequence", "expert")]
         experiment = Experiment.resume(
             run, ["train.canonical=0", "data.batch=1", "parallel.replicate=1", *degrees, *words]
         )
-        return export_run(run, experiment, arguments.out, arguments.layout, launcher.rank())
+        out, layout = arguments.out, arguments.layout
+        return export_run(run, experiment, out, layout, launcher.rank(), checkpoint=arguments.checkpoint)
 
-    notes = _spoken_once(work)
+    step, notes = _spoken_once(work)
     if launcher.rank() == 0:
         for line in notes:
             print(f"note: {line}", file=sys.stderr)
-        print(f"{arguments.out} holds the run's newest weights as {arguments.layout}")
+        print(f"{arguments.out} holds the run's weights after step {step} as {arguments.layout}")
     return 0
 
 

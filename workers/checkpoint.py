@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from .checkpoint_policy import CheckpointConfig, prune
+from .checkpoint_policy import LATEST, CheckpointConfig, candidates, prune
 from .dcp_storage import DigestingWriter, RestrictedReader
 from .manifest import (
     MANIFEST_FILE,
@@ -34,7 +34,6 @@ from .manifest import (
     Manifest,
     NoCheckpoint,
     explain_none,
-    list_checkpoints,
     new_checkpoint,
     rejection,
 )
@@ -106,23 +105,28 @@ class Checkpointer:
         return taken
 
     def latest(self) -> tuple[Checkpoint, Manifest, list[str]]:
-        """The newest checkpoint that is whole, and one line for every newer one that is not.
+        """`find` of the newest checkpoint."""
+        return self.find(LATEST)
+
+    def find(self, wanted: str) -> tuple[Checkpoint, Manifest, list[str]]:
+        """The first whole one of the checkpoints that `wanted` means (see `candidates`), and one line for every one
+        before it that is not whole.
 
         All processes share the reading and come to the same answer. Raises NoCheckpoint when there is none, and
         CheckpointError when the store cannot be reached: that says nothing about a checkpoint.
         """
         rejected: list[str] = []
-        for name in self._from_first(lambda: [found.name for found in reversed(list_checkpoints(self.run))]):
+        for name in self._from_first(lambda: [found.name for found in candidates(self.run, wanted)]):
             checkpoint = Checkpoint(self.run, name)
             shares = self._from_all(lambda checkpoint=checkpoint: checkpoint.problems(self.rank, self.world_size))
             problems = [problem for share in shares for problem in share]
             if not problems:
                 return checkpoint, self._from_first(checkpoint.read_manifest), rejected
             rejected.append(rejection(checkpoint, problems))
-        raise NoCheckpoint(explain_none(self.run, rejected))
+        raise NoCheckpoint(self._from_first(lambda: explain_none(self.run, rejected)))
 
     def load(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
-        """Overwrites model, optimiser and random state. Call it with what `latest` returned.
+        """Overwrites model, optimiser and random state. Call it with what `find` returned.
 
         Raises ValueError when the checkpoint holds another model, CheckpointError when it cannot be read.
         """

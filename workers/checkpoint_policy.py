@@ -1,4 +1,4 @@
-"""When checkpoints are written, and which of them stay."""
+"""When checkpoints are written, which of them stay, and which one is meant."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 from pydantic import Field
 
-from .configuration import Settings
-from .manifest import Checkpoint, Manifest, list_checkpoints
+from .configuration import ConfigError, Settings
+from .manifest import Checkpoint, Manifest, NoCheckpoint, list_checkpoints
 from .run_directory import RunDirectory
+
+LATEST, BEST = "latest", "best"
 
 
 class CheckpointConfig(Settings):
@@ -73,6 +75,37 @@ def prune(run: RunDirectory, keep: int, keep_best: int = 0) -> list[str]:
     for checkpoint in stale:
         checkpoint.remove()
     return [checkpoint.name for checkpoint in stale]
+
+
+def candidates(run: RunDirectory, wanted: str = LATEST) -> list[Checkpoint]:
+    """The checkpoints that `wanted` means, in the order in which to try them.
+
+    Args:
+        wanted: "latest"; "best", of the lowest validation loss; a step; or a checkpoint's name.
+
+    Raises:
+        ConfigError: none of these. NoCheckpoint (a ValueError): the run has none that is meant.
+    """
+    found = list_checkpoints(run)
+    if wanted == LATEST:
+        return found[::-1]
+    if wanted == BEST:
+        if measured := _best(found, len(found)):
+            return measured
+        raise NoCheckpoint(
+            f"run {run.name} has no checkpoint with a validation loss, by which the best is known (train with "
+            "checkpoint.keep_best=1); ask for latest, or for a step"
+        )
+    if wanted.isdecimal():
+        named = [checkpoint for checkpoint in found[::-1] if checkpoint.step == int(wanted)]
+    elif wanted.startswith("step-"):
+        named = [checkpoint for checkpoint in found if checkpoint.name == wanted]
+    else:
+        raise ConfigError(f"no checkpoint is called {wanted!r}; ask for latest, best, or a step such as 200")
+    if not named:
+        steps = ", ".join(map(str, sorted({checkpoint.step for checkpoint in found}))) or "none"
+        raise NoCheckpoint(f"run {run.name} has no checkpoint {wanted}; the steps that it has: {steps}")
+    return named
 
 
 def _best(checkpoints: Sequence[Checkpoint], count: int) -> list[Checkpoint]:

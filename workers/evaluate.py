@@ -11,9 +11,10 @@ from ..data import Corpus
 from ..models import LanguageModel, build_model
 from ..parallel import Mesh
 from .checkpoint import Checkpointer, load_weights
+from .checkpoint_policy import LATEST, candidates
 from .configuration import ConfigError
 from .experiment import Experiment
-from .manifest import Manifest, newest_whole
+from .manifest import Manifest, first_whole
 from .process_group import process_group
 from .run_directory import RunDirectory
 from .run_tokenizer import foreign_corpus
@@ -23,7 +24,7 @@ from .sharded_model import make_sharded_model
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A run's newest weights. `notes`: a line for every newer checkpoint that could not be used."""
+    """A run's weights after `step`. `notes`: a line for every checkpoint that came first and could not be used."""
 
     model: LanguageModel
     corpus: Corpus
@@ -41,23 +42,30 @@ class Evaluation:
     notes: list[str]
 
 
-def load_run(run: RunDirectory, experiment: Experiment, device: str = "cpu") -> TrainedModel:
-    """The model of the run's newest whole checkpoint, verified, whole on this process.
+def load_run(
+    run: RunDirectory, experiment: Experiment, device: str = "cpu", *, checkpoint: str = LATEST
+) -> TrainedModel:
+    """The model of one of the run's whole checkpoints, verified, whole on this process.
+
+    Args:
+        checkpoint: "latest", "best" or a step, see `candidates`.
 
     ValueError: there is no such checkpoint, or it holds another model than the experiment's.
     """
-    checkpoint, manifest, rejected = newest_whole(run)
+    found, manifest, rejected = first_whole(run, candidates(run, checkpoint))
     model = build_model(experiment.model, seed=experiment.seed, dtype=experiment.train.parameter_dtype, device=device)
-    load_weights(checkpoint, model)
+    load_weights(found, model)
     return TrainedModel(model.eval(), experiment.open_corpus(), manifest.step, manifest.tokens, rejected)
 
 
-def load_sharded(run: RunDirectory, experiment: Experiment, mesh: Mesh) -> tuple[LanguageModel, Manifest, list[str]]:
-    """The same model sharded over the mesh, its manifest, and the lines for newer checkpoints that are broken."""
+def load_sharded(
+    run: RunDirectory, experiment: Experiment, mesh: Mesh, *, checkpoint: str = LATEST
+) -> tuple[LanguageModel, Manifest, list[str]]:
+    """The same model sharded over the mesh, its manifest, and the notes."""
     model = make_sharded_model(experiment, mesh, filled=False).eval()
     checkpointer = Checkpointer(run, experiment.checkpoint, model)
-    checkpoint, manifest, rejected = checkpointer.latest()
-    checkpointer.load(checkpoint, manifest)
+    found, manifest, rejected = checkpointer.find(checkpoint)
+    checkpointer.load(found, manifest)
     return model, manifest, rejected
 
 
@@ -66,16 +74,18 @@ def evaluate(
     run: RunDirectory,
     rank: int = 0,
     *,
+    checkpoint: str = LATEST,
     device: str | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Scores the run's newest whole checkpoint on held-out data, of `evaluate.lengths` or as training validates.
+    """Scores one of the run's whole checkpoints on held-out data, of `evaluate.lengths` or as training validates.
 
     With several workers every process calls this with its rank; they meet as torchrun's environment says, hold their
     shards of the parameters, and come to the same result.
 
     Args:
+        checkpoint: as of `load_run`.
         device: "cpu" or "cuda"; a GPU where there is one by default. threads: as of `train_process`.
         progress: told (batches done, batches in all) of each length.
 
@@ -86,12 +96,12 @@ def evaluate(
         raise ConfigError(problem)
     if experiment.workers == 1:
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        trained = load_run(run, experiment, name)
+        trained = load_run(run, experiment, name, checkpoint=checkpoint)
         scores = _scores(trained.model, trained.corpus, experiment, None, progress)
         return Evaluation(trained.step, scores, trained.notes)
     with process_group(rank, experiment.workers, None, device, threads) as own_device:
         mesh = Mesh(**asdict(experiment.degrees), device=own_device, strategies=experiment.parallel.strategies)
-        model, manifest, rejected = load_sharded(run, experiment, mesh)
+        model, manifest, rejected = load_sharded(run, experiment, mesh, checkpoint=checkpoint)
         scores = _scores(model, experiment.open_corpus(), experiment, mesh, progress)
         return Evaluation(manifest.step, scores, rejected)
 

@@ -14,6 +14,7 @@ from ..data.credentials import refuse_credentials
 from ..models.interchange import load_config, load_into, save_pretrained
 from ..parallel import Mesh
 from .checkpoint import Checkpointer
+from .checkpoint_policy import LATEST
 from .configuration import ConfigError, apply_overrides, validate
 from .evaluate import load_run, load_sharded
 from .experiment import Experiment
@@ -76,23 +77,28 @@ def import_run(directory: str, experiment: Experiment, rank: int = 0, *, threads
     return made
 
 
-def export_run(run: RunDirectory, experiment: Experiment, out: str, layout: str, rank: int = 0) -> list[str]:
-    """Writes the newest whole checkpoint's weights to the directory `out`; a line for every newer one that is broken.
+def export_run(
+    run: RunDirectory, experiment: Experiment, out: str, layout: str, rank: int = 0, *, checkpoint: str = LATEST
+) -> tuple[int, list[str]]:
+    """Writes a whole checkpoint's weights to the directory `out`.
 
+    Returns their step, and a line for every checkpoint that came first and is broken. `checkpoint`: as of `load_run`.
     Called on each of the experiment's workers; the first one writes, and no process holds the whole model if there are
     several. Raises ValueError, in one line: see `save_pretrained`, and where there is no checkpoint.
     """
     if experiment.workers == 1:
-        trained = load_run(run, experiment)
+        trained = load_run(run, experiment, checkpoint=checkpoint)
         save_pretrained(trained.model, out, layout=layout)
-        notes = trained.notes
+        step, notes = trained.step, trained.notes
     else:
         with process_group(rank, experiment.workers, None, "cpu", None):
-            model, _, notes = load_sharded(run, experiment, Mesh(**asdict(experiment.degrees)))
+            mesh = Mesh(**asdict(experiment.degrees))
+            model, manifest, notes = load_sharded(run, experiment, mesh, checkpoint=checkpoint)
             save_pretrained(model, out, layout=layout)
+            step = manifest.step
     if rank == 0 and run.storage.exists(TOKENIZER_FILE):
         (Path(out) / TOKENIZER_FILE).write_text(run.storage.read_text(TOKENIZER_FILE), encoding="utf-8")
-    return notes
+    return step, notes
 
 
 def _beginning(experiment: Experiment, corpus: str, mesh: Mesh) -> Manifest:

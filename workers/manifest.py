@@ -133,10 +133,15 @@ def list_checkpoints(run: RunDirectory) -> list[Checkpoint]:
 def newest_whole(run: RunDirectory) -> tuple[Checkpoint, Manifest, list[str]]:
     """The newest checkpoint that is whole, and one line for every newer one that is not; reads every byte of them.
 
-    NoCheckpoint (a ValueError) when there is none. For one process alone; `Checkpointer.latest` shares the reading.
+    NoCheckpoint (a ValueError) when there is none. For one process alone; `Checkpointer.find` shares the reading.
     """
+    return first_whole(run, list_checkpoints(run)[::-1])
+
+
+def first_whole(run: RunDirectory, candidates: Sequence[Checkpoint]) -> tuple[Checkpoint, Manifest, list[str]]:
+    """As `newest_whole`, of these checkpoints of the run in this order."""
     rejected: list[str] = []
-    for checkpoint in reversed(list_checkpoints(run)):
+    for checkpoint in candidates:
         problems = checkpoint.problems()
         if not problems:
             return checkpoint, checkpoint.read_manifest(), rejected
@@ -159,6 +164,8 @@ def new_checkpoint(run: RunDirectory, step: int) -> Checkpoint:
 def explain_none(run: RunDirectory, rejected: Sequence[str]) -> str:
     """The line for a run that cannot be resumed: what was found and what to do."""
     found = f": {'; '.join(rejected)}" if rejected else ""
+    if len(rejected) < len(list_checkpoints(run)):  # others were not asked for
+        return f"run {run.name} has no such whole checkpoint{found}. `longstride checkpoints {run.url}` lists all"
     return (
         f"run {run.name} has no complete checkpoint{found}. Train it anew with "
         f"`longstride train {run.url}/experiment.yaml run.name={run.name}-again`"

@@ -25,12 +25,14 @@ class Mixtral(Llama):
         return config.get("model_type") == "mixtral"
 
     def read_config(self, stored: Stored) -> dict[str, Any]:
-        stored.only("sliding_window", None)
         stored.only("attention_bias", False)
         return read_frame(stored, norm_eps=1e-5, tied=False) | {
             "layers": f"[attention] x {stored.need('num_hidden_layers')}",
             "feed_forward": "moe",
-            "attention": read_attention(stored, rotary_base=read_rotary_base(stored, 1e6), kv_heads=8),
+            "attention": {
+                **read_attention(stored, rotary_base=read_rotary_base(stored, 1e6), kv_heads=8),
+                "window": stored.get("sliding_window"),
+            },
             "moe": {
                 "experts": stored.get("num_local_experts", 8),
                 "top_k": stored.get("num_experts_per_tok", 2),
@@ -52,7 +54,7 @@ class Mixtral(Llama):
             "num_local_experts": moe.get("experts"),
             "num_experts_per_tok": moe.get("top_k"),
             "router_aux_loss_coef": config.moe.balance_loss,
-            "sliding_window": None,
+            "sliding_window": attention.get("window"),
         }
 
     def map_feed_forward(self, tensors: TensorMap, ours: str, layer: str) -> None:

@@ -24,7 +24,10 @@ State = dict[str, Tensor]
 """What a layer remembers between tokens of one decoded batch. The first dimension is the batch, or 1 if rows share."""
 
 Shared = dict[str, Tensor]
-"""What the first layer of a family hands to its later layers of the same token, by family: (B, T, ...) or (B, ...)."""
+"""What the first layer of a family hands to its later layers of the same token, by family: (B, T, ...) or (B, ...).
+
+In training also the streams of `noise.NOISE`, (B,), if some layer draws from them.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ class Mixer(ParameterModule, ABC):
 
     max_length: int | None = None
     """The longest sequence that the mixer is defined for; None: any."""
+    recomputable: bool = True
+    """Whether the backward pass may compute it again; its activations are kept otherwise, whatever the config says."""
+    noise: float = 0.0
+    """Standard deviation of what it adds in training, drawn from the streams of `noise.NOISE`."""
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:

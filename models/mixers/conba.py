@@ -7,7 +7,9 @@ the authors' code does not run, so a Conba layer can only be its equations and a
     linear     the closed loop, linear in its state: the one to train split                       (`conba_linear`)
     exact      the printed equations, nonlinear in the state: processes take turns                (`conba_exact`)
 
-No variant draws the paper's training noise. This file is `released`. On s, the output of Mamba's mixer with norms:
+`noise` is the standard deviation of the paper's process and observation noise, (13) and (14), in training; its level is
+not published, and the authors' code, and so `released`, has none. This file is `released`. On s, the output of Mamba's
+mixer with norms:
 
     s <- s * (Z s + g)        s <- s + (F s + b)        e = s - y_d, y_d = 0        out = s - K e
 
@@ -36,7 +38,7 @@ from .mamba import Mamba, MambaOptions
 class ConbaOptions(MixerOptions):
     """`variant`: see the module. Of Mamba's options `linear` heeds `state`, `expand`, `dt_min`, `dt_max` and `exact`
     only `state`. `selector`: width of `linear`'s selection, by default width / 4; `gain`: the sign of K's moves;
-    `solver`: whether `exact`'s processes take turns or solve for all tokens at once."""
+    `solver`: whether `exact`'s processes take turns or solve for all tokens at once; `noise`: see the module."""
 
     variant: Literal["released", "linear", "exact"] = "released"
     state: int = Field(default=16, ge=1)
@@ -49,14 +51,20 @@ class ConbaOptions(MixerOptions):
     online_rate: float = Field(default=1e-5, ge=0)
     gain: Literal["reduce", "released"] = "reduce"
     solver: Literal["turns", "newton"] = "turns"
+    noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     def build(self, place: LayerPlace) -> Mixer:
         if self.variant == "exact":
-            return ExactConba(place, state=self.state, online_rate=self.online_rate, solver=self.solver)
-        if self.variant == "linear":
-            return LinearConba(
-                place, state=self.state, expand=self.expand, selector=self.selector, steps=(self.dt_min, self.dt_max)
+            return ExactConba(
+                place, state=self.state, online_rate=self.online_rate, solver=self.solver, noise=self.noise
             )
+        if self.variant == "linear":
+            steps = (self.dt_min, self.dt_max)
+            return LinearConba(
+                place, state=self.state, expand=self.expand, selector=self.selector, steps=steps, noise=self.noise
+            )
+        if self.noise:
+            raise ValueError(f"conba: noise {self.noise:g} is not in the released variant; set conba.variant=linear")
         return ReleasedConba(self, place)
 
 

@@ -8,7 +8,8 @@
     K_{k+1} = K_k - alpha d|e_k| / dK_k = K_k + alpha (C B)' (e_k / |e_k|) e_{k-1}'              (11)
 
 The token enters as what is desired: y_d and u_d are linear in it, and out = W_o C x_{k+1}. (11) is the gradient one
-step back through the linear part. K begins at a parameter, at zero at first, and moves within the sequence.
+step back through the linear part. K begins at a parameter, at zero at first, and moves within the sequence. In
+training, with `noise`, normal numbers are added to f_d (13) and to y_{k+1} as it is put out (14).
 
 The state stands inside nonlinear functions, so no short summary of a stretch of tokens exists, and nothing keeps it
 from growing without bound but small weights. Split along the sequence the processes take turns, a token at a time
@@ -27,16 +28,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...parallel import SequenceShard, sequential_state
+from ..noise import NOISE, normal_numbers
 from ..parameters import Linear, at_least_float32, constant, fan_in_uniform, normal
-from .base import LayerPlace, Mixer, State, linear_flops
+from .base import LayerPlace, Mixer, Shared, State, linear_flops
 from .newton import newton_states
 
 
 class ExactConba(Mixer):
     """`state`: N; `online_rate`: alpha; `solver`: "turns" or "newton". Matrices are named as in the equations."""
 
-    def __init__(self, place: LayerPlace, *, state: int, online_rate: float, solver: str = "turns") -> None:
+    def __init__(
+        self, place: LayerPlace, *, state: int, online_rate: float, solver: str = "turns", noise: float = 0.0
+    ) -> None:
         super().__init__()
+        self.index, self.noise = place.index, noise
+        self.recomputable = solver == "turns"  # torch.func takes no derivatives inside torch's checkpoint
         self.state, self.online_rate, self.solver = state, online_rate, solver
         self.desired = Linear(place.width, 2 * state, fan_in_uniform())
         self.A, self.B, self.C = (self.parameter(name, (state, state), fan_in_uniform()) for name in "ABC")
@@ -49,23 +55,30 @@ class ExactConba(Mixer):
         self.out_proj = Linear(state, place.width, normal(place.init_std / math.sqrt(2 * place.num_layers)))
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
+        return self.share(x_BTD, shard, {})[0]
+
+    def share(self, x_BTD: Tensor, shard: SequenceShard, shared: Shared) -> tuple[Tensor, Shared]:
         desired_BTN2 = at_least_float32(self.desired(x_BTD))
         initial = self.initial(x_BTD.shape[0], desired_BTN2)
+        if self.noise and NOISE in shared:
+            noise_BTN2 = normal_numbers(shared[NOISE], self.index, desired_BTN2, shard.start)
+            desired_BTN2 = torch.cat([desired_BTN2, self.noise * noise_BTN2], dim=-1)
         if self.solver == "turns":
-            return self.read(x_BTD, shard, initial)[0]
-        states = newton_states(lambda desired, state: self.advance(desired, state)[1], desired_BTN2, initial, shard)
-        y_BTN = states[..., : self.state] @ at_least_float32(self.C).t()
-        return self.out_proj(y_BTN.to(x_BTD.dtype))
+            y_BTN, _ = self.read(desired_BTN2, shard, initial)
+        else:
+            states = newton_states(lambda told, state: self.advance(told, state)[1], desired_BTN2, initial, shard)
+            y_BTN = states[..., : self.state] @ at_least_float32(self.C).t()
+            y_BTN = sum(desired_BTN2.split(self.state, dim=-1)[3:], y_BTN)
+        return self.out_proj(y_BTN.to(x_BTD.dtype)), {}
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
-        y_BTD, following = self.read(x_BTD, shard, state["loop"])
-        return y_BTD, {"loop": following}
+        y_BTN, following = self.read(at_least_float32(self.desired(x_BTD)), shard, state["loop"])
+        return self.out_proj(y_BTN.to(x_BTD.dtype)), {"loop": following}
 
-    def read(self, x_BTD: Tensor, shard: SequenceShard, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs after the state `first` before the sequence, and the state after this shard's last token."""
-        desired_BTN2 = at_least_float32(self.desired(x_BTD))
-        initial = self.initial(x_BTD.shape[0], desired_BTN2)
-        starts_BT = shard.start_mask(x_BTD.device)
+    def read(self, desired_BTN2: Tensor, shard: SequenceShard, first: Tensor) -> tuple[Tensor, Tensor]:
+        """y (B, T, N) after the state `first` before the sequence, and the state after this shard's last token."""
+        initial = self.initial(desired_BTN2.shape[0], desired_BTN2)
+        starts_BT = shard.start_mask(desired_BTN2.device)
 
         def run(state: Tensor) -> tuple[Tensor, Tensor]:
             outputs = []
@@ -76,24 +89,26 @@ class ExactConba(Mixer):
                 outputs.append(y_BN)
             return torch.stack(outputs, dim=1), state
 
-        y_BTN, following = sequential_state(run, first, shard)
-        return self.out_proj(y_BTN.to(x_BTD.dtype)), following
+        return sequential_state(run, first, shard)
 
     def advance(self, desired: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One token: (C x_{k+1}, the next state). `desired`: y_d and u_d; `state`: x, e of the token before, and K."""
+        """One token: (C x_{k+1}, the next state). `state`: x, e of the token before, and K.
+
+        `desired`: y_d and u_d, and where there is noise what is added to f_d and to C x_{k+1}.
+        """
         N = self.state
         x_BN, before_BN, K_BNN = state[:, :N], state[:, N : 2 * N], state[:, 2 * N :].unflatten(1, (N, N))
         A, B, C, W, U, c = (at_least_float32(p) for p in (self.A, self.B, self.C, self.W, self.U, self.c))
         Z, g = (at_least_float32(p) for p in self.scaling.parameters())
-        y_d, u_d = desired.chunk(2, dim=-1)
+        y_d, u_d, *noise = desired.split(N, dim=-1)
         e_BN = x_BN @ C.t() - y_d
         u_BN = u_d - (K_BNN @ e_BN.unsqueeze(-1)).squeeze(-1)
         gate, value = (x_BN @ W.t() + u_BN @ U.t() + c).chunk(2, dim=-1)
-        f_BN = x_BN @ A.t() + u_BN @ B.t() + F.silu(gate) * value
+        f_BN = sum(noise[:1], x_BN @ A.t() + u_BN @ B.t() + F.silu(gate) * value)
         x_BN = F.silu(f_BN @ Z.t() + g)
         pull_BN = F.normalize(e_BN, dim=-1) @ (C @ B)
         K_BNN = K_BNN + self.online_rate * pull_BN.unsqueeze(-1) * before_BN.unsqueeze(-2)
-        return x_BN @ C.t(), torch.cat([x_BN, e_BN, K_BNN.flatten(1)], dim=-1)
+        return sum(noise[1:], x_BN @ C.t()), torch.cat([x_BN, e_BN, K_BNN.flatten(1)], dim=-1)
 
     def initial(self, batch: int, like: Tensor) -> Tensor:
         """(B, 2 N + N^2)"""

@@ -14,7 +14,9 @@ and kappa a head. Computed as
 
     y_t = S_{t-1} ((a_t - kappa r_t) k_t + q_t) + (kappa r_t + D) v_t
 
-the memory `matrix_memory` is asked before the token is stored: what each token stores comes one token later.
+the memory `matrix_memory` is asked before the token is stored: what each token stores comes one token later. In
+training, with `noise`, S_t has w_t k_t' and y_t has v'_t more, w and v' normal: the state, which every token reads, is
+disturbed where the token writes.
 
 Shapes: B batch, T local tokens, D model width, G selection width, H heads, N width of a head's values and keys.
 """
@@ -31,29 +33,42 @@ from torch import Tensor
 
 from ...parallel import SequenceShard
 from ..matrix_memory import matrix_memory
+from ..noise import NOISE, normal_numbers
 from ..parameters import Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, normal
 from ..token_shift import token_shift
-from .base import LayerPlace, Mixer, State, linear_flops
+from .base import LayerPlace, Mixer, Shared, State, linear_flops
 from .mamba import log_uniform_step_sizes
 
 
 class Loop(NamedTuple):
-    """What a token does to the state: names as in the equations, `learn` for kappa r; (..., H) and (..., H, N)."""
+    """What a token does to the state: names as in the equations, `learn` for kappa r; (..., H) and (..., H, N).
+
+    `disturbed`: w and v', where there is noise.
+    """
 
     log_a: Tensor
     learn: Tensor
     k: Tensor
     v: Tensor
     q: Tensor
+    disturbed: tuple[Tensor, Tensor] | None = None
 
 
 class LinearConba(Mixer):
     """`state`: N; `expand`: H N = expand x D; `selector`: G; `steps`: the range of initial step sizes."""
 
     def __init__(
-        self, place: LayerPlace, *, state: int, expand: int, selector: int | None, steps: tuple[float, float]
+        self,
+        place: LayerPlace,
+        *,
+        state: int,
+        expand: int,
+        selector: int | None,
+        steps: tuple[float, float],
+        noise: float = 0.0,
     ) -> None:
         super().__init__()
+        self.index, self.noise = place.index, noise
         width, channels = place.width, expand * place.width
         if channels % state:
             raise ValueError(f"conba: {channels} channels are not divisible by heads of {state}; choose conba.state")
@@ -73,14 +88,21 @@ class LinearConba(Mixer):
         self.out_proj = Linear(channels, width, fan_in_uniform(place.num_layers**-0.5))
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
+        return self.share(x_BTD, shard, {})[0]
+
+    def share(self, x_BTD: Tensor, shard: SequenceShard, shared: Shared) -> tuple[Tensor, Shared]:
         loop = self.select(x_BTD)
+        if self.noise and NOISE in shared:
+            drawn_BTC2 = normal_numbers(shared[NOISE], self.index, x_BTD, shard.start, 2 * len(self.D))
+            w_BTC, v_BTC = (self.noise * drawn_BTC2).to(loop.v.dtype).chunk(2, dim=-1)
+            loop = loop._replace(disturbed=(w_BTC.view_as(loop.v), v_BTC.view_as(loop.v)))
         answer_BTHN, _ = self.recall(loop, shard)
-        return self.read_out(answer_BTHN, loop)
+        return self.read_out(answer_BTHN, loop), {}
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         loop = self.select(x_BTD)
         answer_BTHN, memory_BHNN = self.recall(loop, shard, state["memory"])
-        last = Loop(*(part[:, -1] for part in loop))
+        last = Loop(*(part[:, -1] for part in (loop.log_a, loop.learn, loop.k, loop.v, loop.q)), disturbed=None)
         return self.read_out(answer_BTHN, loop), {"memory": self.store(last, memory_BHNN)}
 
     def recall(self, loop: Loop, shard: SequenceShard, initial_BHNN: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -91,10 +113,11 @@ class LinearConba(Mixer):
         # what the token before stored; zeros before a document's first token
         rates = token_shift(torch.cat([loop.log_a, loop.learn], dim=-1), shard)
         log_a_BTH, learn_BTH = (rate.unsqueeze(-1) for rate in rates.chunk(2, dim=-1))
-        stored = token_shift(torch.cat([loop.k, loop.v], dim=-1).flatten(2), shard).unflatten(2, (-1, 2 * self.state))
-        k_BTHN, v_BTHN = stored.chunk(2, dim=-1)
+        told = torch.cat([loop.k, loop.v, *(loop.disturbed or ())[:1]], dim=-1)
+        stored = token_shift(told.flatten(2), shard).unflatten(2, told.shape[2:])
+        k_BTHN, v_BTHN, *w_BTHN = stored.split(self.state, dim=-1)
         learn_BTH = learn_BTH.to(k_BTHN.dtype)
-        sequences = (learn_BTH * v_BTHN, -learn_BTH * k_BTHN, k_BTHN)
+        sequences = (sum(w_BTHN, learn_BTH * v_BTHN), -learn_BTH * k_BTHN, k_BTHN)
         question_BTHN, log_w_BTHN = self.question(loop), log_a_BTH.expand(k_BTHN.shape)
         return matrix_memory(question_BTHN, log_w_BTHN, k_BTHN, *sequences, shard, initial_BHNN)
 
@@ -117,6 +140,7 @@ class LinearConba(Mixer):
     def read_out(self, answer_BTHN: Tensor, loop: Loop) -> Tensor:
         """out (..., D), given what the memory answered to `question`."""
         y_BTHN = answer_BTHN + (loop.learn.unsqueeze(-1) + self.D.view(-1, self.state)) * loop.v
+        y_BTHN = sum(loop.disturbed or (), y_BTHN)
         return self.out_proj(self.norm(y_BTHN.flatten(-2).to(loop.v.dtype)))
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:

@@ -6,7 +6,7 @@
 The filters are functions of the lag: a small network of sines over position features, under an exponential window.
 They depend on `max_length` and not on the sequence at hand, so that a filter for a longer sequence begins with the
 filter for a shorter one, and any process can evaluate any lags of it. There is no finite state: split sequences meet
-in `parallel.convolve`, and decoding keeps the history.
+in `parallel.convolve`, and decoding keeps the history, unless the filters are made modes (`models.distillation`).
 
 Shapes: B batch, T local tokens, L lags, S tokens so far, D model width, N order, E position features, F filter width.
 """

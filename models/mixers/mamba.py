@@ -28,7 +28,10 @@ from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_b
 
 
 class MambaOptions(MixerOptions):
-    """`state`: N; `expand`: C = expand x D; `conv`: W; `dt_rank`: R, by default ceil(D / 16)."""
+    """`state`: N; `expand`: C = expand x D; `conv`: W; `dt_rank`: R, by default ceil(D / 16).
+
+    `dt_min`, `dt_max`: between which the step sizes begin.
+    """
 
     state: int = Field(default=16, ge=1)
     expand: int = Field(default=2, ge=1)
@@ -184,12 +187,19 @@ def log_integers(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.arange(1, shape[-1] + 1, dtype=torch.float32).log().expand(*shape).clone()
 
 
-def log_uniform_step_sizes(smallest: float, largest: float, floor: float = 1e-4) -> Initialiser:
-    """Biases whose softplus is log-uniform in [smallest, largest], and at least `floor`."""
+def log_uniform_step_sizes(smallest: float, largest: float) -> Initialiser:
+    """Biases whose softplus is log-uniform in [smallest, largest].
+
+    The authors' code raises what is below 1e-4 to that; here `smallest` means what it says.
+    """
+    if smallest > largest:
+        raise ValueError(
+            f"dt_min {smallest:g} exceeds dt_max {largest:g}; give step sizes from the smaller to the larger"
+        )
 
     def init(shape: Sequence[int], generator: torch.Generator) -> Tensor:
         low, high = math.log(smallest), math.log(largest)
-        step = torch.exp(torch.rand(tuple(shape), generator=generator) * (high - low) + low).clamp(min=floor)
+        step = torch.exp(torch.rand(tuple(shape), generator=generator) * (high - low) + low)
         return step + torch.log(-torch.expm1(-step))
 
     return init

@@ -196,5 +196,9 @@ def repeated(values: Callable[[], Tensor]) -> Initialiser:
 
 def log_uniform(smallest: float, largest: float) -> Initialiser:
     """Logarithms, uniform between those of `smallest` and `largest`."""
+    if smallest > largest:
+        raise ValueError(
+            f"dt_min {smallest:g} exceeds dt_max {largest:g}; give step sizes from the smaller to the larger"
+        )
     low, high = math.log(smallest), math.log(largest)
     return lambda shape, generator: torch.rand(tuple(shape), generator=generator) * (high - low) + low

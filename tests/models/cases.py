@@ -20,6 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention": {"layers": "[attention(heads=4, kv_heads=2, head_dim=4)]"},
     "attention with biases": {"layers": "[attention(heads=2, bias=true)]"},
     "attention, half rotated, scaled": {"layers": "[attention(heads=3, rotary_dim=2, rotary_scale=4.0, bias=out)]"},
+    "attention in a window": {"layers": "[attention(heads=6, kv_heads=3, window=5)]"},
     "attention, one key head, no positions": {"layers": "[attention(heads=3, kv_heads=1, rotary_base=null)]"},
     "conba": {"layers": "[conba(state=4, dt_max=1.0)]"},
     "conba, linear": {"layers": "[conba(variant=linear, state=4, dt_max=0.5)]"},
@@ -60,6 +61,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "s4d, real, bilinear": {"layers": "[s4d(state=6, init=real, discretisation=bilinear, dt_min=0.2, dt_max=1.0)]"},
 }
 MIXER_CASES = {name: {"layers": f"[{name}]"} for name in MIXERS} | VARIANTS
+WINDOWS = {"attention in a window": 5}
+"""Those that do not look back to the beginning: how many tokens they see."""
+REMEMBER_EVERY_TOKEN = {"attention", "gau", "hyena"}
+"""Families whose decoding state grows with the text."""
 
 EXPERTS = {"moe": {"experts": 4, "top_k": 2, "hidden": 10, "balance_loss": 0.3, "z_loss": 0.1}}
 MODEL_CASES: dict[str, dict[str, Any]] = {

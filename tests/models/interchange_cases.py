@@ -72,6 +72,7 @@ CASES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     ),
     "mixtral": mixtral,
     "mixtral, three experts a token, own head width": lambda: mixtral(num_experts_per_tok=3, head_dim=8),
+    "mixtral, in a window": lambda: mixtral(sliding_window=7),
     "jamba": jamba,
     "jamba without experts": lambda: jamba(num_experts=1, num_hidden_layers=3, mamba_proj_bias=True),
     "jamba, no attention, tied": lambda: jamba(attn_layer_period=9, attn_layer_offset=8, tie_word_embeddings=True),

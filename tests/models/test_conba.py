@@ -179,24 +179,27 @@ def make_exact() -> ExactConba:
     return mixer
 
 
-def slow_exact(mixer: ExactConba, x_BTD: Tensor, alpha: float) -> Tensor:
-    """One sequence at a time, with the gradient of (11) taken by differentiation."""
+def slow_exact(mixer: ExactConba, x_BTD: Tensor, alpha: float, w_BTN: Any = 0.0, v_BTN: Any = 0.0) -> Tensor:
+    """One sequence at a time, with the gradient of (11) taken by differentiation; w and v: (13) and (14)."""
     (W1, W2), (U1, U2), (c1, c2) = mixer.W.chunk(2), mixer.U.chunk(2), mixer.c.chunk(2)
     A, B, C, Z, g = mixer.A, mixer.B, mixer.C, mixer.scaling.weight, mixer.scaling.bias
     rows = []
-    for desired in mixer.desired(x_BTD):
+    disturbed = zip(
+        *(torch.as_tensor(part).expand(*x_BTD.shape[:2], mixer.state) for part in (w_BTN, v_BTN)), strict=True
+    )
+    for desired, (ws, vs) in zip(mixer.desired(x_BTD), disturbed, strict=True):
         x, K = torch.zeros(mixer.state, dtype=x_BTD.dtype), mixer.control_gain
         e_before, outputs = torch.zeros_like(x), []
-        for target in desired:
+        for target, w, v in zip(desired, ws, vs, strict=True):
             y_d, u_d = target.chunk(2)
             e = C @ x - y_d
             u = -K @ e + u_d
             S = F.silu(W1 @ x + U1 @ u + c1) * (W2 @ x + U2 @ u + c2)
             f_d = A @ x + B @ u + S
-            x = F.silu(Z @ f_d + g)
+            x = F.silu(Z @ (f_d + w) + g)
             K = K - alpha * error_gradient(B, C, e, e_before)
             e_before = e
-            outputs.append(C @ x)
+            outputs.append(C @ x + v)
         rows.append(torch.stack(outputs))
     return mixer.out_proj(torch.stack(rows))
 

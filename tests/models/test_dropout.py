@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,16 @@ from .test_split import BATCH, TOLERANCE, Result, Split, assembled, gradients, w
 KEY = DropoutKey(seed=3, step=17)
 SHARE = 0.3
 # recomputed layers, experts and values passed between layers among them
-NAMES = list(MODEL_CASES)
+CASES: dict[str, dict[str, Any]] = {
+    **MODEL_CASES,
+    "noise": {
+        "layers": "[conba(variant=linear), conba(variant=exact)+mlp, mamba, conba(variant=exact, solver=newton)]",
+        "feed_forward": "none",
+        "conba": {"state": 4, "dt_max": 0.5, "noise": 0.3},
+        "recompute": True,
+    },
+}
+NAMES = list(CASES)
 SPLITS = [Split((0, 11, 13, 24), [12, 20]), Split((0, 5, 23, 24), [[3, 10, 19], [12]]), Split((0, 1, 2, 17))]
 SPREAD = Split((0, 9, 20), [4, 12])
 
@@ -104,7 +114,7 @@ def test_a_share_close_to_one_drops_everything() -> None:
 
 def result(name: str, split: Split, shard: SequenceShard, rows: slice = slice(0, BATCH)) -> Result:
     """Losses and gradients of this shard of these rows."""
-    model = make_model({**MODEL_CASES[name], "embedding_dropout": SHARE})
+    model = make_model({**CASES[name], "embedding_dropout": SHARE})
     generator = torch.Generator().manual_seed(0)
     tokens_BT, targets_BT = torch.randint(SMALL["vocab_size"], (2, BATCH, split.length), generator=generator)
     targets_BT[0, 1:3] = -100

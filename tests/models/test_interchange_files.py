@@ -242,7 +242,10 @@ def test_models_that_a_layout_cannot_hold(tmp_path: Path) -> None:
             {"layers": "[attention]", "feed_forward": "moe", "moe": {"renormalise": False}},
             "layer 0: moe.renormalise is False here and True there",
         ),
-        "jamba": ({"layers": "[mamba(inner_norms=true), attention]"}, "attention.rotary_base is 10000.0 here"),
+        "jamba": (
+            {"layers": "[mamba(inner_norms=true), attention(window=9)]"},
+            "attention.rotary_base is 10000.0 here and None there, attention.window is 9 here and None there",
+        ),
         "mamba": (
             {"layers": "[mamba] x 2", "feed_forward": "none", "norm": "layer"},
             "norm is layer here and rms there",

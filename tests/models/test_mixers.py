@@ -5,9 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longstride.kernels import attention
+from longstride.models.mixers.attention import window_attention
 from longstride.parallel import SequenceShard
 
-from .cases import MIXER_CASES, SMALL, WIDTH, difference, make_mixer, make_model, numbers
+from .cases import (
+    MIXER_CASES,
+    REMEMBER_EVERY_TOKEN,
+    SMALL,
+    WIDTH,
+    WINDOWS,
+    difference,
+    make_mixer,
+    make_model,
+    numbers,
+)
 
 LENGTH = 19
 
@@ -24,7 +36,9 @@ def test_output_depends_on_earlier_tokens_and_on_no_later_one(name: str) -> None
         (grad_BTD,) = torch.autograd.grad((y_BTD[:, token] * numbers("w", batch, WIDTH)).sum(), x_BTD)
         reach_T = grad_BTD.abs().amax(dim=(0, 2))
         assert reach_T[token + 1 :].sum() <= 1e-12 * reach_T.max()
-        assert (reach_T[: token + 1] > 1e-9 * reach_T.max()).all()
+        first = max(0, token + 1 - WINDOWS.get(name, LENGTH))
+        assert (reach_T[first : token + 1] > 1e-9 * reach_T.max()).all()
+        assert reach_T[:first].sum() == 0
 
 
 @every_mixer
@@ -78,13 +92,14 @@ def test_state_bytes_are_those_of_the_state(name: str, dtype: torch.dtype) -> No
 def test_only_attention_and_implicit_filters_remember_every_token(name: str) -> None:
     """The bytes that are told for long texts, and those that are held (both lengths are whole chunks of FLASH)."""
     mixer, kind = make_mixer(name), make_model(MIXER_CASES[name]).config.plan[0].mixer
-    assert (mixer.state_bytes(2304 << 9) > mixer.state_bytes(2304)) == (kind in {"attention", "gau", "hyena"})
+    grows = kind in REMEMBER_EVERY_TOKEN and name not in WINDOWS
+    assert (mixer.state_bytes(2304 << 9) > mixer.state_bytes(2304)) == grows
     state, held = mixer.init_state(1, torch.device("cpu"), torch.float64), []
     with torch.no_grad():
         for token in range(40):
             _, state = mixer.step(numbers(f"x{token}", 1, WIDTH), state)
             held.append(sum(tensor.nbytes for tensor in state.values()))
-    assert (held[35] > held[17]) == (kind in {"attention", "gau", "hyena"})
+    assert (held[35] > held[17]) == grows
 
 
 @every_mixer
@@ -137,6 +152,34 @@ def test_long_hyena_filters_are_evaluated_in_parts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("longstride.models.mixers.hyena.LAGS_AT_ONCE", 5)
     for ours, theirs in zip(run(), expected, strict=True):
         assert difference(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("at_once", [1, 512])
+@pytest.mark.parametrize("window", [1, 2, 5, LENGTH - 1, LENGTH, 40])
+def test_a_window_is_attention_to_its_keys(window: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of queries and at once, with documents of each row's own; outputs and gradients."""
+    monkeypatch.setattr("longstride.models.mixers.attention.QUERIES_AT_ONCE", at_once)
+    q_BTHK, k_BTGK, v_BTGK = (numbers(n, 2, LENGTH, h, 3).requires_grad_() for n, h in (("q", 4), ("k", 2), ("v", 2)))
+    begin_BT = SequenceShard.whole(LENGTH, [[3, 11], [7]]).document_begin()
+    visible_BT = torch.maximum(begin_BT, torch.arange(LENGTH) - window + 1)
+    expected_BTHK, _ = attention(q_BTHK, k_BTGK, v_BTGK, document_begin=visible_BT)
+    ours_BTHK = window_attention(q_BTHK, torch.stack([k_BTGK, v_BTGK], dim=2), window, begin_BT)
+    weights = numbers("w", *expected_BTHK.shape)
+    pairs = [(ours_BTHK, expected_BTHK)]
+    pairs += zip(*(torch.autograd.grad((y * weights).sum(), (q_BTHK, k_BTGK, v_BTGK)) for y in pairs[0]), strict=True)
+    assert all(difference(ours, theirs) < 1e-12 for ours, theirs in pairs)
+    wider_BTHK, _ = attention(q_BTHK, k_BTGK, v_BTGK, document_begin=(visible_BT - 1).clamp(min=begin_BT))
+    assert (difference(ours_BTHK, wider_BTHK) > 1e-3) == (window < 12)  # the control: no document is longer
+
+
+def test_operations_of_a_window_are_those_of_its_pairs() -> None:
+    narrow, wide = make_mixer("attention in a window"), make_mixer("attention")
+    matrices = 2 * sum(p.numel() for p in narrow.parameters())
+    for context in (1, 4, 5, 6, 100):
+        pairs = sum(min(5, query + 1) for query in range(context))
+        assert narrow.flops_per_token(context) - matrices == pytest.approx(4 * pairs / context * 6 * 2)
+    matrices = 2 * sum(p.numel() for p in wide.parameters())
+    assert wide.flops_per_token(100) - matrices == pytest.approx(2 * 101 * 4 * 4)
 
 
 def test_attention_sees_positions_through_rotation() -> None:

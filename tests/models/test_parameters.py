@@ -85,9 +85,19 @@ def test_mamba_begins_as_its_authors_code_does() -> None:
     assert abs(model.embedding.weight.std().item() - 0.02) < 1e-3
 
 
-def test_step_sizes_have_a_floor() -> None:
-    bias = log_uniform_step_sizes(1e-6, 1e-5)((50,), torch.Generator())
-    assert torch.allclose(torch.nn.functional.softplus(bias.double()), torch.tensor(1e-4, dtype=torch.float64))
+@pytest.mark.parametrize("smallest", [1e-9, 1e-6, 1e-3])
+def test_step_sizes_begin_where_the_config_says(smallest: float) -> None:
+    """Below the authors' floor of 1e-4 as well."""
+    bias = log_uniform_step_sizes(smallest, 10 * smallest)((500,), torch.Generator().manual_seed(0))
+    steps = torch.nn.functional.softplus(bias.double())
+    assert 0.99 * smallest <= steps.min() < 1.1 * smallest and 9 * smallest < steps.max() <= 10.1 * smallest
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "conba", "conba(variant=linear)", "s4", "s4d", "h3"])
+def test_step_sizes_the_wrong_way_round_are_one_line(mixer: str) -> None:
+    options = {mixer.partition("(")[0]: {"dt_min": 0.1, "dt_max": 0.01}}
+    with pytest.raises(ValueError, match=r"^dt_min 0\.1 exceeds dt_max 0\.01; [^\n]*$"):
+        build_model({"vocab_size": 16, "width": 64, "layers": mixer, **options}, device="meta")
 
 
 def test_weight_decay_spares_vectors_and_decay_rates() -> None:

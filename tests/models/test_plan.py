@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longstride.models import ConfigError, ModelConfig, PlanError
-from longstride.models.plan import LayerPlan, parse_plan
+from longstride.models.plan import LayerPlan, parse_plan, write_layers
 
 MIXERS = ("attention", "conba", "linear_attention", "mamba", "x_layer")
 FEED_FORWARDS = ("mlp", "moe")
@@ -43,6 +43,12 @@ def test_plans(text: str, expected: str) -> None:
 def test_options_of_one_layer() -> None:
     (layer,) = parse_plan("mamba(state=8, bias=true)+moe(top_k = 1)", MIXERS, FEED_FORWARDS)
     assert layer == LayerPlan("mamba", "moe", {"state": 8, "bias": True}, {"top_k": 1})
+
+
+def test_a_plan_is_written_as_it_is_read() -> None:
+    text = "[mamba(state=8, bias=true, dt_rank=null), linear-attention+moe(top_k=1, kind=gelu), attention+none] x 2"
+    layers = parse_plan(text, MIXERS, FEED_FORWARDS)
+    assert parse_plan(write_layers(layers), MIXERS, FEED_FORWARDS) == layers
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from longstride.orchestrator.cli import main
+from longstride.workers.manifest import list_checkpoints
+from longstride.workers.run_directory import RunDirectory
 
 TASK = """
 workers: 1
@@ -18,6 +21,7 @@ model: {vocab_size: 256, width: 16, layers: "[mamba] x 2", feed_forward: none, m
 data:
   {corpus: selective-copying, context: 48, batch: 4, validation_sequences: 6, tasks: {selective_copying: {tokens: 4}}}
 train: {steps: 2}
+checkpoint: {every: 1, keep: 0, keep_best: 1}
 sample: {tokens: 4}
 tracking: {enabled: false}
 run: {name: copying}
@@ -59,14 +63,56 @@ def test_accuracy_by_length_split_and_whole(task: Path, capsys: pytest.CaptureFi
     assert step == ["step", "2"] and header[:5] == ["LENGTH", "SEQUENCES", "TARGETS", "CORRECT", "ACCURACY"]
     assert short[:3] == ["32", "5", "20"] and long[:3] == ["101", "5", "20"]
     assert short[4] == f"{int(short[3]) / 20:.2%}"
-    result = launched("evaluate", "copying", lengths, "evaluate.sequences=5")
+    first = ["evaluate", "copying", "--checkpoint", "1", lengths, "evaluate.sequences=5"]
+    assert main(first) == 0
+    before = capsys.readouterr().out
+    assert before.splitlines()[0] == "step               1" and before.splitlines()[1:] != alone.splitlines()[1:]
+    result = launched(*first)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == alone
+    assert result.stdout == before
 
     assert main(["evaluate", "copying"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "held-out tokens    24 in 6 sequences of 48"
     assert lines[-1].startswith("accuracy ") and lines[-1].endswith("of 24 targets)")
+
+
+def test_one_checkpoint_is_chosen(task: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = {found.step: found.read_manifest().validation_loss for found in list_checkpoints(RunDirectory(str(task)))}
+    best = min(losses, key=lambda step: losses[step] or math.inf)
+    assert set(losses) == {1, 2} and None not in losses.values()
+    assert main(["export", "copying", "best", "--layout", "mamba", "--checkpoint", "best"]) == 0
+    assert f"best holds the run's weights after step {best} as mamba" in capsys.readouterr().out
+    for step in losses:
+        assert main(["export", "copying", str(step), "--layout", "mamba", "--checkpoint", str(step)]) == 0
+    capsys.readouterr()
+    one, two, found = (load_file(place / name / "model.safetensors") for name in ("1", "2", "best"))
+    chosen = {1: one, 2: two}[best]
+    assert all(found[key].equal(chosen[key]) for key in found)
+    assert not all(one[key].equal(two[key]) for key in one)
+    texts = set()
+    for which in ("latest", "2", "step-00000002", "1"):
+        assert main(["generate", "copying", "--prompt", "1 2", "--tokens", "30", "--checkpoint", which]) == 0
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 2
+
+
+def test_hyena_decodes_in_modes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hyena = '"[hyena]", feed_forward: none, hyena: {max_length: 64, filter_width: 8}}'
+    (place / "hyena.yaml").write_text(TASK.replace('"[mamba] x 2", feed_forward: none, mamba: {state: 4}}', hyena))
+    assert main(["train", "hyena.yaml", "train.steps=1"]) == 0
+    words = ["generate", "copying", "--prompt", "1 2", "--temperature", "0", "--tokens"]
+    assert main([*words, "30"]) == 0
+    exact = capsys.readouterr().out.splitlines()[-1]
+    assert main([*words, "30", "--modes", "8"]) == 0
+    output = capsys.readouterr()
+    assert output.out.splitlines()[-1] == exact
+    assert output.err.startswith("note: layer 0: 8 modes miss ") and " of the filters\n" in output.err
+    assert main([*words, "80"]) == 2 and "exceed the model's 64 positions" in capsys.readouterr().err
+    assert main([*words, "80", "--modes", "8"]) == 0, "modes have no longest sequence"
+    capsys.readouterr()
+    assert main([*words, "9", "--modes", "0"]) == 2
+    assert capsys.readouterr().err == "longstride: --modes 0: give at least 1\n"
 
 
 def test_loss_by_position_of_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +126,7 @@ def test_loss_by_position_of_text(place: Path, capsys: pytest.CaptureFixture[str
 
 def test_out_and_in_again(task: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "copying", "out", "--layout", "mamba"]) == 0
-    assert "out holds the run's newest weights as mamba" in capsys.readouterr().out
+    assert "out holds the run's weights after step 2 as mamba" in capsys.readouterr().out
     assert main(["import", "out", "runs/mine", "data.context=64", "tracking.enabled=false"]) == 0
     assert "longstride generate" in capsys.readouterr().out
     assert main(["checkpoints", "mine", "--verify"]) == 0
@@ -114,6 +160,8 @@ def test_out_and_in_again(task: Path, place: Path, capsys: pytest.CaptureFixture
         (["evaluate", "copying", "evaluate.lengths=[0]"], "greater than or equal to 1"),
         (["evaluate", "copying", "data.tasks.selective_copying.token=3"], "did you mean"),
         (["generate", "copying", "--prompt", "1 2 256"], "'256' is no token of this task"),
+        (["generate", "copying", "--prompt", "1", "--checkpoint", "newest"], "ask for latest, best, or a step"),
+        (["evaluate", "copying", "--checkpoint", "7"], "no checkpoint 7; the steps that it has: 1, 2"),
     ],
 )
 def test_mistakes_are_one_line(task: Path, words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:

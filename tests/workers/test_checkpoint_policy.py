@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from longstride.workers.checkpoint_policy import CheckpointConfig, CheckpointTimer, prune
+from longstride.workers.checkpoint_policy import CheckpointConfig, CheckpointTimer, candidates, prune
 from longstride.workers.configuration import ConfigError, validate
-from longstride.workers.manifest import MANIFEST_FILE, Checkpoint, Manifest, list_checkpoints
+from longstride.workers.manifest import (
+    MANIFEST_FILE,
+    Checkpoint,
+    Manifest,
+    NoCheckpoint,
+    first_whole,
+    list_checkpoints,
+    new_checkpoint,
+)
 from longstride.workers.metrics import StepRecord, read_records
 from longstride.workers.run_directory import RunDirectory
 
@@ -136,6 +144,42 @@ def test_manifests_of_older_and_newer_versions_are_read(run: RunDirectory) -> No
     run.storage.write_text("checkpoints/step-00000001/manifest.json", json.dumps(values))
     prune(run, 1, 1)
     assert steps(run) == [2, 3], "of an older one no loss is known"
+
+
+def test_which_checkpoint_is_meant(run: RunDirectory) -> None:
+    written(run, {1: 3.0, 2: 1.5, 3: None, 12: 1.7})
+    again = manifest(12, 1.6).to_json()
+    run.storage.write_text(f"checkpoints/{new_checkpoint(run, 12).name}/{MANIFEST_FILE}", again)
+
+    def names(wanted: str) -> list[str]:
+        return [checkpoint.name.removeprefix("step-000000") for checkpoint in candidates(run, wanted)]
+
+    assert names("latest") == ["12.1", "12", "03", "02", "01"]
+    assert names("best") == ["02", "12.1", "12", "01"], "what was not measured is not among them"
+    assert names("12") == names("0012") == ["12.1", "12"], "of one step the attempt that was made last"
+    assert names("step-00000012") == ["12"]
+    for wanted, message in {
+        "7": r"no checkpoint 7; the steps that it has: 1, 2, 3, 12$",
+        "step-00000007": r"no checkpoint step-00000007; the steps",
+        "bset": r"no checkpoint is called 'bset'; ask for latest, best, or a step such as 200$",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            candidates(run, wanted)
+
+
+def test_no_best_without_a_measurement(run: RunDirectory) -> None:
+    written(run, {1: None, 2: None})
+    with pytest.raises(NoCheckpoint, match=r"no checkpoint with a validation loss.*checkpoint\.keep_best=1.*latest"):
+        candidates(run, "best")
+
+
+def test_a_damaged_one_is_only_replaced_by_what_was_meant_too(run: RunDirectory) -> None:
+    """The manifests here list no files, so that none is whole."""
+    written(run, {1: 3.0, 2: 1.5})
+    with pytest.raises(NoCheckpoint, match=r"has no such whole checkpoint: .*00000001 is skipped.*lists all$"):
+        first_whole(run, candidates(run, "1"))
+    with pytest.raises(NoCheckpoint, match=r"has no complete checkpoint: .*00000002 is skipped.*00000001 is skipped"):
+        first_whole(run, candidates(run))
 
 
 def train_and_keep_the_best(rank: int, world_size: int, directory: str) -> list[tuple[int, float | None]]:
