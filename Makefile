@@ -5,6 +5,7 @@
 #   make test-full                        with the long ones, but those of `make soak`
 #   make soak                             faults at length: thirty kills, lost nodes, cut links, the resume matrix
 #   make test-s3                          the store's faults against a real S3 server (Ceph's, from Debian's packages)
+#   make test-slurm                       infra's Slurm script on a real Slurm (Debian's packages, as root)
 #   make test-gpu | bench-gpu             kernels on a GPU: their tests; their times beside peers
 #   make lint | env | bench | constraints | clean
 #
@@ -22,7 +23,7 @@ NONE_SELECTED := 5
 # One thread per process: the tests and the workers run several processes on a few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train env test test-full test-gpu test-s3 soak lint constraints bench bench-gpu clean
+.PHONY: help train env test test-full test-gpu test-s3 test-slurm soak lint constraints bench bench-gpu clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -59,6 +60,10 @@ bench: $(VENV)/.development
 test-s3: $(VENV)/.development
 	LONGSTRIDE_TEST_S3=ceph $(BIN)/python -m pytest -s $(addprefix tests/faults/test_,store.py commit.py shards.py \
 		multipart.py outage.py gateway.py) tests/data/test_s3.py $(ARGS)
+
+# As root on Debian first: apt-get install --no-install-recommends slurm-wlm
+test-slurm: $(VENV)/.development
+	$(BIN)/python -m pytest -s tests/infra/test_slurm_cluster.py $(ARGS)
 
 # The Triton kernels natively, where a GPU is: outputs and gradients in float32 and bfloat16, tensors above 2^31 elements.
 # Processes compile side by side; tests that take most of the memory stay in one of them.

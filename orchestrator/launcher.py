@@ -6,16 +6,19 @@ The first process makes or reopens the run and tells the others where it is; the
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 
-from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import DistNetworkError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
 from ..workers import Experiment, RunDirectory
-from .failures import EchoOfMistake
+from .failures import EchoOfMistake, RunFailed
 from .preparation import Done, Prepared
 
-_RUN_KEY = "longstride/run"
+_RUN_KEY, _HEARD_KEY = "longstride/run", "longstride/heard"
+# How long the first process waits for the others to hear of a mistake before it takes their store away with itself.
+_HEARD_SECONDS = 5.0
 
 
 def present() -> bool:
@@ -61,23 +64,36 @@ def with_own_workers(overrides: list[str], command: str) -> list[str]:
 def meet(prepare: Callable[[], Prepared | Done]) -> tuple[Prepared | Done, Store]:
     """What the first process prepared, on all of them, and a store for their process group.
 
-    When `prepare` fails, its error is raised on the first process and EchoOfMistake on the others.
+    When `prepare` fails, its error is raised on the first process and EchoOfMistake on the others;
+    RunFailed there when it ended without a word.
     """
-    store, own_rank, _ = next(iter(rendezvous("env://")))
+    store, own_rank, size = next(iter(rendezvous("env://")))
     if own_rank == 0:
         try:
             prepared = prepare()
         except BaseException:
             store.set(_RUN_KEY, "")
+            _wait_for(store, size - 1)
             raise
         how = f"done-{prepared.step}" if isinstance(prepared, Done) else f"resume-{int(prepared.resume)}"
         store.set(_RUN_KEY, f"{how} {prepared.run.url}")
     else:
-        how, _, url = store.get(_RUN_KEY).decode().partition(" ")
+        try:
+            how, _, url = store.get(_RUN_KEY).decode().partition(" ")
+        except DistNetworkError as error:
+            raise RunFailed("the first process ended before it had made the run: it says why", retry=True) from error
         if not url:
+            store.add(_HEARD_KEY, 1)
             raise EchoOfMistake
         run, (what, _, number) = RunDirectory(url), how.partition("-")
         if what == "done":
             return Done(run, int(number)), store
         prepared = Prepared(Experiment.resume(run), run, number == "1", "")
     return prepared, PrefixStore("training", store)
+
+
+def _wait_for(store: Store, others: int) -> None:
+    """Where a launcher like Slurm's starts the processes, the store is the first one's, and ends with it."""
+    deadline = time.monotonic() + _HEARD_SECONDS
+    while store.add(_HEARD_KEY, 0) < others and time.monotonic() < deadline:
+        time.sleep(0.05)

@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 from .liveness import alive
 from .storage import Storage
@@ -96,6 +96,8 @@ class RestrictedReader(FsspecReader):
 
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         allowed = (
             (module == "torch.distributed.checkpoint.metadata" and name in _METADATA_CLASSES)
             or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
@@ -105,6 +107,13 @@ class _RestrictedUnpickler(pickle.Unpickler):
         if not allowed:
             raise pickle.UnpicklingError(f"the checkpoint's .metadata asks for {module}.{name}; it is not loaded")
         return super().find_class(module, name)
+
+
+def _memory_format(kind: object, name: str) -> _MEM_FORMAT_ENCODING:
+    """All that `getattr` is taken for: as Python 3.11.2, which is Debian 12's, pickles a member of an enumeration."""
+    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError("the checkpoint's .metadata asks for builtins.getattr; it is not loaded")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 class _DigestingFileSystem(FileSystem):

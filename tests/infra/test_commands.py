@@ -25,10 +25,18 @@ def code_lines(text: str) -> list[str]:
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
+def with_own_words(script: str) -> str:
+    """The command of a batch script that is given no words: it sets its own."""
+    text = script.replace("\\\n", " ")
+    config, _, overrides = re.findall(r"^ +set -- (.*)$", text, re.MULTILINE)[0].partition(" ")
+    (line,) = re.findall(r"longstride train .*$", text, re.MULTILINE)
+    return line.replace('"$1"', config).replace('"${@:2}"', overrides)
+
+
 def found() -> list[tuple[str, str]]:
     """(file, arguments of the command)"""
     lines = [(path, line) for path in TEXTS for line in code_lines(path.read_text())]
-    lines += [(path, line) for path in SCRIPTS for line in path.read_text().replace("\\\n", " ").splitlines()]
+    lines += [(path, with_own_words(path.read_text())) for path in SCRIPTS]
     job = ROOT / "infra/kuberay/rayjob.yaml"
     lines.append((job, yaml.safe_load(job.read_text())["spec"]["entrypoint"]))
     matches = [(path.name, match["rest"]) for path, line in lines if (match := _COMMAND.search(line))]

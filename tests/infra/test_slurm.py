@@ -1,4 +1,7 @@
-"""infra/slurm/train.sbatch, run by bash with stand-ins for Slurm's commands and for `longstride`."""
+"""infra/slurm/train.sbatch, run by bash with stand-ins for Slurm's commands and for `longstride`.
+
+test_slurm_cluster.py submits it to a real Slurm.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,18 @@ import pytest
 
 SCRIPT = Path(__file__).parent.parent.parent / "infra/slurm/train.sbatch"
 
-# `srun --kill-on-bad-exit=1 COMMAND...` with two tasks: the first that fails ends the others; the highest code counts.
+# `srun --kill-on-bad-exit=1 --... bash ...` with two tasks: the first that fails ends the others; the highest code
+# counts.
 # With WARN it gives all processes of the tasks SIGUSR1 once they have begun, as `--signal=USR1@300` does.
 SRUN = """
 import os, signal, subprocess, sys, time
-words = sys.argv[1:]
-kill = words[0] == "--kill-on-bad-exit=1"
+options = sys.argv[1 : sys.argv.index("bash")]
+words = sys.argv[sys.argv.index("bash") :]
+assert all(option.startswith("--") for option in options)
+kill = "--kill-on-bad-exit=1" in options
 def start(number):
     place = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
-    return subprocess.Popen(words[1:], start_new_session=True, env={**os.environ, **place})
+    return subprocess.Popen(words, start_new_session=True, env={**os.environ, **place})
 tasks = [start(number) for number in range(2)]
 def begun():
     return all(os.path.exists(f"rank-{n}") for n in range(2))
@@ -73,7 +79,7 @@ class Ended:
     asked: list[str]
 
 
-def batch(place: Path, codes: str, **environment: str) -> Ended:
+def batch(place: Path, codes: str, *words: str, **environment: str) -> Ended:
     """Runs the script in `place`."""
     programs = {"srun": SRUN, "scontrol": SCONTROL, "longstride": LONGSTRIDE}
     for name, text in programs.items():
@@ -82,10 +88,10 @@ def batch(place: Path, codes: str, **environment: str) -> Ended:
         file.write_text(f"#!{sys.executable}\n{text}")
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "ecoli", "SLURM_JOB_NODELIST": "node[1-2]"}
-    slurm |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    slurm |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "3"}
     path = f"{place / 'bin'}:{os.environ['PATH']}"
     values = {**os.environ, **slurm, "PATH": path, "CODES": codes, **environment}
-    ended = subprocess.run(["bash", str(SCRIPT)], cwd=place, env=values, timeout=60, check=False)
+    ended = subprocess.run(["bash", str(SCRIPT), *words], cwd=place, env=values, timeout=60, check=False)
     asked = place / "asked"
     return Ended(ended.returncode, asked.read_text().splitlines() if asked.exists() else [])
 
@@ -96,6 +102,13 @@ def test_every_task_learns_its_place(tmp_path: Path) -> None:
         place, words = (tmp_path / f"rank-{rank}").read_text().split("\n")
         assert place == f"{rank} 2 {rank} 2 node1"
         assert words.startswith("train configs/ecoli-1m.yaml --continue run.name=ecoli ")
+
+
+def test_another_config_takes_the_place_of_the_scripts_own(tmp_path: Path) -> None:
+    schedule = "data.schedule=1k for 3 steps"
+    assert batch(tmp_path, "0 0", "mine.yaml", "train.steps=3", schedule) == Ended(0, [])
+    _, words = (tmp_path / "rank-0").read_text().split("\n")
+    assert words == f"train mine.yaml --continue run.name=ecoli train.steps=3 {schedule}"
 
 
 def test_a_run_that_is_warned_is_queued_again(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_scaled_and_partial_rotations() -> None:
     def queries(options: str, start: int) -> Tensor:
         mixer = make_model({"layers": f"[attention(heads=2{options})]"}).blocks[0].mixer
         assert isinstance(mixer, Attention)
-        return mixer.project(x_BTD, start)[0]
+        return mixer.project(x_BTD, torch.arange(start, start + 9))[0]
 
     # the tenth token of a context stretched tenfold stands where the first one stood
     assert difference(queries(", rotary_scale=10.0", 10)[:, 0], queries("", 1)[:, 0]) < 1e-13

@@ -69,6 +69,11 @@ class Nodes:
         """A node at `address`."""
         self._start(address, [f"--address={self.head}:{self.port}", f"--num-cpus={cpus}"])
 
+    def revive(self, address: str) -> None:
+        """Starts a node again that ended by itself: Ray gives a raylet 30 s, and a busy machine may take longer."""
+        if self._started[address].poll() is not None:
+            self.add(address)
+
     def lose(self, address: str) -> None:
         """The node's raylet is killed; its workers end with it."""
         next(process for process in self.processes(address) if process.name() == "raylet").kill()
@@ -127,7 +132,7 @@ class Nodes:
             else [*PIN, str(core), RAY, "start", *words, *common]
         )
         own = [*(self.network.enter(address) if self.network else []), *own]
-        with Path(self.temporary, f"{address}.log").open("wb") as log:
+        with Path(self.temporary, f"{address}.log").open("ab") as log:
             self._started[address] = subprocess.Popen(own, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 

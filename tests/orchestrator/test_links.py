@@ -10,7 +10,7 @@ import pytest
 
 from .network import HEAD, PREFIX, Network, allowed, network
 from .nodes import Nodes, cluster, wait_until
-from .test_cluster import command, compare, info, recorded, submit, undisturbed, wait_for_start, wait_for_step
+from .test_cluster import command, compare, info, recorded, starts, submit, undisturbed, wait_for_start, wait_for_step
 
 pytestmark = [
     pytest.mark.ray,
@@ -35,6 +35,16 @@ def nodes(links: Network) -> Iterator[Nodes]:
         yield started
 
 
+def wait_for_start_with(nodes: Nodes, address: str, run: Path, number: int) -> None:
+    """As whoever keeps a node up, such as Kubernetes: one whose `ray start` gave up is started again."""
+
+    def reached() -> bool:
+        nodes.revive(address)
+        return starts(run) >= number
+
+    wait_until(reached, f"start {number} with {address}")
+
+
 def test_a_job_goes_on_when_a_link_is_cut_and_when_a_node_is_drained(nodes: Nodes, links: Network, place: Path) -> None:
     """Without closing a connection, the cut leaves both sides waiting; the losses stay the undisturbed run's."""
     run = place / "runs" / "cut"
@@ -47,13 +57,13 @@ def test_a_job_goes_on_when_a_link_is_cut_and_when_a_node_is_drained(nodes: Node
         links.mend(TWO)
         nodes.forget(TWO)
         nodes.add(TWO)
-        wait_for_start(run, 3)
+        wait_for_start_with(nodes, TWO, run, 3)
         wait_for_step(run, info(run)["starts"][2]["step"] + 5)
         told, began = nodes.preempt(TWO), time.monotonic()
         wait_for_start(run, 4)
         assert told.wait(60) is not None and time.monotonic() - began < 240, "it ends once the run has left it"
         nodes.add(THREE)
-        wait_for_start(run, 5)
+        wait_for_start_with(nodes, THREE, run, 5)
         wait_for_step(run, info(run)["starts"][4]["step"] + 5)
         assert command(nodes, "stop", job, directory=place).code == 0
         compare(run, peace, same_mesh=info(run)["starts"][1]["step"])

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import threading
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from longstride.workers import checkpoint as checkpoint_module
@@ -228,6 +229,31 @@ def test_metadata_that_would_run_code_is_refused(run: RunDirectory, capsys: pyte
     with pytest.raises(pickle.UnpicklingError, match=r"asks for builtins\.print"):
         RestrictedReader(Storage(str(directory))).read_metadata()
     assert capsys.readouterr().out == ""
+
+
+class OlderPickler(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.2 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_of_an_older_python_is_read_and_getattr_is_nothing_else(run: RunDirectory) -> None:
+    directory = newest(run)
+    metadata = RestrictedReader(Storage(str(directory))).read_metadata()
+    metadata.storage_meta = None
+    with (directory / ".metadata").open("wb") as file:
+        OlderPickler(file).dump(metadata)
+    assert b"getattr" in (directory / ".metadata").read_bytes()
+    assert RestrictedReader(Storage(str(directory))).read_metadata().state_dict_metadata == metadata.state_dict_metadata
+    (directory / ".metadata").write_bytes(pickle.dumps(Reaching()))
+    with pytest.raises(pickle.UnpicklingError, match=r"asks for builtins\.getattr"):
+        RestrictedReader(Storage(str(directory))).read_metadata()
+
+
+class Reaching:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, (_MEM_FORMAT_ENCODING, "__init_subclass__"))
 
 
 def test_an_entry_that_is_no_tensor_is_refused(run: RunDirectory) -> None:
