@@ -193,11 +193,17 @@ def _gated_from_state(readout: bool, **sizes: int) -> Case:
     )[0]
 
 
+def _modal_readout(state: Tensor, poles: Tensor, residues: Tensor, length: int) -> Tensor:
+    from longstride.kernels.modal_convolution.triton_readout import TritonModalReadout
+
+    return TritonModalReadout.apply(state, poles, residues, length, None)
+
+
 def _modal_from_state(readout: bool, **sizes: int) -> Case:
     u, poles, residues = _modal_inputs(**sizes)
     state, length = _state(sizes["batch"], sizes["channels"], sizes["states"]), sizes["length"]
     if readout:
-        return [state, poles, residues], lambda *inputs: kernels.modal_readout(*inputs, length)
+        return [state, poles, residues], lambda *inputs: _modal_readout(*inputs, length)
     return [state, poles, residues, u], lambda state, poles, residues, u: modal_convolution(
         u, poles, residues, initial_state=state
     )[0]

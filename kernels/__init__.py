@@ -5,7 +5,7 @@ from .experts import RowMap, gather_rows, grouped_matmul, permute, sum_rows
 from .gated_linear_attention import gated_linear_attention, gated_linear_attention_readout
 from .linear_cross_entropy import linear_cross_entropy
 from .long_convolution import long_convolution
-from .modal_convolution import modal_convolution, modal_readout
+from .modal_convolution import ModalStages, begin_modal_convolution, modal_convolution
 from .norms import rms_norm
 from .rotary import rotary
 from .selective_scan import selective_scan, selective_scan_readout
@@ -17,8 +17,10 @@ from .wkv7 import wkv7, wkv7_transition
 
 __all__ = [
     "DualStages",
+    "ModalStages",
     "RowMap",
     "attention",
+    "begin_modal_convolution",
     "begin_state_space_dual",
     "gated_linear_attention",
     "gated_linear_attention_readout",
@@ -27,7 +29,6 @@ __all__ = [
     "linear_cross_entropy",
     "long_convolution",
     "modal_convolution",
-    "modal_readout",
     "permute",
     "rms_norm",
     "rotary",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.long_convolution import long_convolution
-from ..kernels.modal_convolution import modal_convolution, modal_readout
+from ..kernels.modal_convolution import begin_modal_convolution, modal_convolution
 from .fourier import Window, convolve_window
 from .halo import halo
 from .prefix import begin_prefix_state
@@ -116,7 +116,11 @@ def convolve(
 def begin_convolve(
     u_BTD: Tensor, filter: Filter, shard: SequenceShard, *, skip: Tensor | None = None, form: str | None = None
 ) -> Callable[[], Tensor]:
-    """`convolve` in two halves: calling the result gives y. In the "state" form the message travels in between."""
+    """`convolve` in two halves: calling the result gives y.
+
+    In the "state" form the message travels in between, and while most of the convolution is computed at the begin of
+    the second half.
+    """
     if form is not None and form != "auto" and form not in FORMS:
         raise ValueError(f"unknown convolution form {form!r}: choose auto, {', '.join(FORMS)}")
     chosen = _choose(filter, u_BTD.shape[-1], shard) if form in (None, "auto") else form
@@ -148,14 +152,15 @@ def _begin_by_state(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: T
         raise ValueError("convolution form 'state' needs a modal filter: use 'channels' or 'length'")
     poles_DN, residues_DN = filter.log_poles_DN, filter.residues_DN
     starts_BT = shard.start_mask(u_BTD.device)
-    y_BTD, state_BDN = modal_convolution(u_BTD, poles_DN, residues_DN, skip=skip, document_starts=starts_BT)
     if shard.size == 1:
+        y_BTD, _ = modal_convolution(u_BTD, poles_DN, residues_DN, skip=skip, document_starts=starts_BT)
         return lambda: y_BTD
-    pending = begin_prefix_state(Constant(poles_DN, shard.reset_mask(u_BTD.device)), state_BDN, shard)
+    stages = begin_modal_convolution(u_BTD, poles_DN, residues_DN, skip=skip, document_starts=starts_BT)
+    pending = begin_prefix_state(Constant(poles_DN, shard.reset_mask(u_BTD.device)), stages.leaving, shard)
 
     def finish() -> Tensor:
-        length = u_BTD.shape[1]
-        return y_BTD + modal_readout(pending.wait(), poles_DN, residues_DN, length, document_starts=starts_BT)
+        stages.compute_local()
+        return stages.finish(pending.wait())
 
     return finish
 

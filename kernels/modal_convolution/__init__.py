@@ -6,6 +6,8 @@ convolution by FFT it needs no memory of the sequence's length beyond input and 
 and has a state that can be handed over. Legend: B batch, T tokens, D channels, N modes per channel.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,9 @@ from .. import triton_support
 from ..documents import checked_starts
 from ..segments import expect_shape, segment_tokens, state_dtype, walk
 from .portable import CHUNK, modal_segment, modal_tables, widest
-from .readout import readout
+from .stages import PortableStages
 
-__all__ = ["modal_convolution", "modal_readout"]
+__all__ = ["ModalStages", "begin_modal_convolution", "modal_convolution"]
 
 
 def modal_convolution(
@@ -60,7 +62,7 @@ def modal_convolution(
             skip = None if skip is None else skip.to(dtype)
             return TritonModal.apply(u_BTD, log_poles_DN, residues_DN, skip, initial_state.to(state_type), starts_BT)
     chunk = _chunk(batch, length, starts_BT)
-    tables = modal_tables(log_poles_DN, residues_DN, chunk, length % chunk, dtype)
+    tables = modal_tables(log_poles_DN, residues_DN, skip, chunk, length % chunk, dtype)
     wide = widest(log_poles_DN).dtype
     if initial_state is None:
         initial_state = torch.zeros(batch, channels, modes, dtype=wide, device=u_BTD.device)
@@ -68,7 +70,7 @@ def modal_convolution(
         modal_segment,
         initial_state.to(wide).transpose(0, 1),
         (u_BTD,),
-        tables.tensors() if skip is None else (*tables.tensors(), skip.to(dtype)),
+        tables.tensors(),
         segment=segment_tokens(chunk, batch * channels, u_BTD.device, least_chunks=16),
         starts_BT=starts_BT,
     )
@@ -76,37 +78,53 @@ def modal_convolution(
     return y_BTD, state_BDN.to(dtype.to_complex() if state_BDN.is_complex() else dtype).contiguous()
 
 
-def modal_readout(
-    state_BDN: Tensor,
+class ModalStages(Protocol):
+    """A modal convolution whose state may still be under way; see `begin_modal_convolution`."""
+
+    leaving: Tensor
+    """(B, D, N), the state after the last token had the sequence begun from zero."""
+
+    def compute_local(self) -> None:
+        """Most of the work; to be called once, before `finish`."""
+        ...
+
+    def finish(self, entering_BDN: Tensor) -> Tensor:
+        """y_BTD in the dtype of u, given the state before the first token; to be called once."""
+        ...
+
+
+def begin_modal_convolution(
+    u_BTD: Tensor,
     log_poles_DN: Tensor,
     residues_DN: Tensor,
-    length: int,
     *,
+    skip: Tensor | None = None,
     document_starts: Tensor | None = None,
-) -> Tensor:
-    """What a state that enters before the first of `length` tokens adds: y_t = Re sum_n R_n exp((t+1) log_pole_n) x_n.
+) -> ModalStages:
+    """`modal_convolution` of a part of a sequence, in stages: the state that leaves is known before the outputs are.
 
-    By linearity, a convolution from zero plus this is the convolution from `state_BDN`. The work stops, for each
-    channel, where the decay has left less of its state than the dtype can show beside it, and at a sequence's first
-    document start.
+    Send `leaving` on its way, `compute_local`, await the state that enters, `finish` with it. The backward pass runs
+    the stages in reverse: the gradient of the entering state is ready first, that of `leaving` is needed last.
 
-    Returns y_BTD in the dtype of the computation (float32, or float64 if any argument is); gradients flow to the
-    state, the poles and the residues.
-
-    Raises:
-        ValueError: if shapes do not agree, or only some of the arguments are complex.
+    Arguments and errors are those of `modal_convolution`. Between the stages, and for the backward pass, there is one
+    state for each chunk of at most 64 tokens beside the arguments. The entering state is followed, channel by channel,
+    for as long as the dtype can show what is left of it. On Triton the stages are the state that leaves from zero, the
+    outputs from zero, and the read-out of the entering state, which is a pass of its own there; the gradient of u comes
+    with the first.
     """
-    batch, channels, modes = state_BDN.shape
-    expect_shape("modal readout", "log_poles_DN", log_poles_DN, (channels, modes))
+    batch, length, channels = u_BTD.shape
     _check_modes(log_poles_DN, residues_DN, channels)
+    expect_shape("modal convolution", "skip", skip, (channels,))
     starts_BT = checked_starts(document_starts, batch, length)
-    dtype = state_dtype(state_BDN, log_poles_DN, residues_DN)
-    if length and triton_support.takes(state_BDN, log_poles_DN, residues_DN):
-        from .triton_readout import WIDEST, TritonModalReadout
+    dtype = state_dtype(u_BTD, log_poles_DN, residues_DN, skip)
+    if triton_support.takes(u_BTD, log_poles_DN, residues_DN, skip):
+        from .triton_modal import WIDEST
+        from .triton_stages import TritonStages
 
-        if modes <= WIDEST:
-            return TritonModalReadout.apply(state_BDN, log_poles_DN, residues_DN, length, starts_BT)
-    return readout(state_BDN, log_poles_DN, residues_DN, length, starts_BT, dtype)
+        if log_poles_DN.shape[-1] <= WIDEST:
+            return TritonStages(u_BTD, log_poles_DN, residues_DN, skip, starts_BT)
+    chunk = _chunk(batch, length, starts_BT)
+    return PortableStages(u_BTD, log_poles_DN, residues_DN, skip, starts_BT, chunk, dtype)
 
 
 def _check_modes(log_poles_DN: Tensor, residues_DN: Tensor, channels: int) -> None:

@@ -35,18 +35,3 @@ def modal_convolution_reference(
     if skip is not None:
         y_BTD = y_BTD + skip * u_BTD
     return y_BTD, state_BDN
-
-
-def modal_readout_reference(
-    state_BDN: Tensor,
-    log_poles_DN: Tensor,
-    residues_DN: Tensor,
-    length: int,
-    *,
-    document_starts: Tensor | None = None,
-) -> Tensor:
-    """What `state_BDN` adds to the outputs of the tokens after it: the convolution with no input."""
-    nothing_BTD = torch.zeros(*state_BDN.shape[:2], length, dtype=state_BDN.real.dtype).transpose(1, 2)
-    return modal_convolution_reference(
-        nothing_BTD, log_poles_DN, residues_DN, initial_state=state_BDN, document_starts=document_starts
-    )[0]

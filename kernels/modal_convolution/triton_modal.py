@@ -24,7 +24,7 @@ WIDEST = 64  # modes of a channel that a program holds
 
 def planes(x_DN: Tensor, dtype: torch.dtype) -> Tensor:
     """(parts, ..., N, D) of (..., D, N): real and imaginary parts apart, channels last."""
-    parts = torch.view_as_real(x_DN).movedim(-1, 0) if x_DN.is_complex() else x_DN.unsqueeze(0)
+    parts = torch.view_as_real(x_DN.resolve_conj()).movedim(-1, 0) if x_DN.is_complex() else x_DN.unsqueeze(0)
     return parts.transpose(-1, -2).to(dtype).contiguous()
 
 
@@ -35,7 +35,7 @@ def joined(planes: Tensor, complex_numbers: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Modes:
+class Modes:
     """Poles and residues, and everything about segments that does not depend on the input."""
 
     poles: Tensor  # (parts, N, D) float32
@@ -50,7 +50,7 @@ class _Modes:
     @staticmethod
     def prepare(
         log_poles_DN: Tensor, residues_DN: Tensor, starts_BT: Tensor | None, skip: Tensor | None, length: int
-    ) -> "_Modes":
+    ) -> "Modes":
         segment = 8 if interpreting() else 128
         segments = -(-length // segment)
         wide = log_poles_DN.to(torch.complex128 if log_poles_DN.is_complex() else torch.float64)
@@ -61,7 +61,7 @@ class _Modes:
             padded = torch.nn.functional.pad(starts_BT, (0, segments * segment - length))
             alive_BS = 1.0 - padded.unflatten(1, (segments, segment)).any(2).float()
         poles, residues = planes(torch.exp(wide), torch.float32), planes(residues_DN, torch.float32)
-        return _Modes(poles, residues, powers, as_bytes(starts_BT), alive_BS, skip, length, segment)
+        return Modes(poles, residues, powers, as_bytes(starts_BT), alive_BS, skip, length, segment)
 
     @property
     def complex_numbers(self) -> bool:
@@ -114,21 +114,37 @@ class _Modes:
         entering = self.carry(ends, outermost, reverse=reverse)
         return entering, self.walk(u_BTD, y_BTD, entering, output=True, reverse=reverse)
 
+    def after_last(self, entering: Tensor, ends: Tensor) -> Tensor:
+        """What leaves the last segment (parts, B, N, D), given what enters it and what leaves it from zero."""
+        many = self.complex_numbers
+        power_DN, state_BDN = joined(self.powers[1], many), joined(entering[:, :, -1].double(), many)
+        kept_BDN = power_DN * state_BDN * self.alive_BS[:, -1, None, None]
+        return planes(kept_BDN, torch.float32) + ends[:, :, -1]
+
+    def last_slope(self, u_BTD: Tensor, entering: Tensor) -> Tensor:
+        """The last state's derivative by the poles' logarithms (parts, B, N, D)."""
+        ends = self._walk_slopes(u_BTD, u_BTD, entering, None, None)
+        return self.after_last(self.carry(ends, torch.zeros_like(ends[:, :, 0])), ends)
+
     def slopes(self, u_BTD: Tensor, grad_BTD: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of residues and log poles (2, parts, N, D) from the outputs, and the last state's derivative."""
-        batch = u_BTD.shape[0]
-        nothing = torch.zeros_like(entering[:, :, 0])
-        ends, sums = self.states(batch), torch.stack((torch.empty_like(entering), torch.empty_like(entering)))
-        slopes = None
-        for output in (False, True):
-            triton_support.launch(
-                mode_gradient_kernel, self.grid(batch), u_BTD, grad_BTD, self.poles, self.residues, self.starts_BT,
-                entering, slopes, sums, ends, *self.sizes(), batch_strides(u_BTD), batch_strides(grad_BTD),
-                batch_strides(self.starts_BT)[0], OUTPUT=output, **self.options(),
-            )  # fmt: skip
-            if not output:
-                slopes, ends = self.carry(ends, nothing), self.states(batch)
+        ends = self._walk_slopes(u_BTD, grad_BTD, entering, None, None)
+        slopes = self.carry(ends, torch.zeros_like(ends[:, :, 0]))
+        sums = torch.stack((torch.empty_like(entering), torch.empty_like(entering)))
+        ends = self._walk_slopes(u_BTD, grad_BTD, entering, slopes, sums)
         return sums.sum((2, 3)), ends[:, :, -1]
+
+    def _walk_slopes(
+        self, u_BTD: Tensor, grad_BTD: Tensor, entering: Tensor, slopes: Tensor | None, sums: Tensor | None
+    ) -> Tensor:
+        """Run all segments from zero, or from `slopes` to write `sums`; returns the derivatives that leave them."""
+        ends = self.states(u_BTD.shape[0])
+        triton_support.launch(
+            mode_gradient_kernel, self.grid(u_BTD.shape[0]), u_BTD, grad_BTD, self.poles, self.residues,
+            self.starts_BT, entering, slopes, sums, ends, *self.sizes(), batch_strides(u_BTD),
+            batch_strides(grad_BTD), batch_strides(self.starts_BT)[0], OUTPUT=sums is not None, **self.options(),
+        )  # fmt: skip
+        return ends
 
 
 class TritonModal(torch.autograd.Function):
@@ -145,7 +161,7 @@ class TritonModal(torch.autograd.Function):
         starts_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         u_BTD = rows_contiguous(u_BTD)
-        modes = _Modes.prepare(log_poles_DN, residues_DN, starts_BT, skip, u_BTD.shape[1])
+        modes = Modes.prepare(log_poles_DN, residues_DN, starts_BT, skip, u_BTD.shape[1])
         y_BTD = torch.empty(u_BTD.shape, dtype=u_BTD.dtype, device=u_BTD.device)
         _, ends = modes.convolve(u_BTD, y_BTD, planes(initial_BDN, torch.float32), reverse=False)
         ctx.save_for_backward(u_BTD, log_poles_DN, residues_DN, skip, initial_BDN, starts_BT)
@@ -156,7 +172,7 @@ class TritonModal(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_y, grad_final = rows_contiguous(grads[0]), planes(grads[1], torch.float32)
         u_BTD, log_poles_DN, residues_DN, skip, initial_BDN, starts_BT = ctx.saved_tensors
-        modes = _Modes.prepare(log_poles_DN, residues_DN, starts_BT, skip, u_BTD.shape[1])
+        modes = Modes.prepare(log_poles_DN, residues_DN, starts_BT, skip, u_BTD.shape[1])
         grad_u = torch.empty(u_BTD.shape, dtype=u_BTD.dtype, device=u_BTD.device)
         _, adjoints = modes.convolve(grad_y, grad_u, grad_final, reverse=True)
         ends = modes.walk(u_BTD, grad_u, None, output=False, reverse=False)

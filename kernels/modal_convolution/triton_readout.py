@@ -22,9 +22,9 @@ from ..autograd import first_order
 from ..documents import first_start
 from ..living import negligible_exponent
 from ..triton_support import batch_strides, interpreting, power_of_two, rows_contiguous
-from .triton_modal import WIDEST, joined, planes
+from .triton_modal import joined, planes
 
-__all__ = ["WIDEST", "TritonModalReadout"]
+__all__ = ["TritonModalReadout"]
 
 
 @triton.jit
@@ -165,7 +165,7 @@ class _Plan:
 
 
 class TritonModalReadout(torch.autograd.Function):
-    """See `modal_readout`, which checks the arguments; y is float32."""
+    """y_t = Re sum_n R_n exp((t+1) log_pole_n) x_n up to each sequence's first document start; y is float32."""
 
     @staticmethod
     def forward(

@@ -4,8 +4,8 @@
 
 The shift state space remembers the last N inputs: as a filter, its taps are sum_n B_n C_{n+j}, j < N, and shards need a
 halo of N - 1 tokens of k. The diagonal one is S4D's with the bilinear rule; between shards its state travels, while q
-is projected. v k' is taken within heads of head_dim channels (1 in the released models, a product of k and v), whose
-elements share one diagonal state space.
+is projected and most of the convolution computed. v k' is taken within heads of head_dim channels (1 in the released
+models, a product of k and v), whose elements share one diagonal state space.
 
 Shapes: B batch, T local tokens, D model width, H heads, K head width, N state.
 """

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels import modal_convolution, modal_readout
-from ...parallel import Constant, SequenceShard, prefix_state
+from ...kernels import begin_modal_convolution, modal_convolution
+from ...parallel import Constant, SequenceShard, begin_prefix_state
 
 
 def modal_prefill(
@@ -25,15 +25,25 @@ def modal_prefill(
     skip_D: Tensor | None,
     shard: SequenceShard,
 ) -> tuple[Tensor, Tensor]:
-    """One document after `state_BDN`, the same on every process: (y, the state after this shard's last token)."""
-    initial_BDN = state_BDN if shard.rank == 0 else None
-    y_BTD, leaving_BDN = modal_convolution(u_BTD, log_poles_DN, residues_DN, skip=skip_D, initial_state=initial_BDN)
+    """One document after `state_BDN`, the same on every process: (y, the state after this shard's last token).
+
+    Most of the convolution is computed while the states travel.
+    """
     if shard.size == 1:
-        return y_BTD, leaving_BDN
-    transition, length = Constant(log_poles_DN), u_BTD.shape[1]
-    entering_BDN = prefix_state(transition, leaving_BDN, shard)
-    y_BTD = y_BTD + modal_readout(entering_BDN, log_poles_DN, residues_DN, length)
-    return y_BTD, leaving_BDN + transition.apply(None, length, entering_BDN)
+        return modal_convolution(u_BTD, log_poles_DN, residues_DN, skip=skip_D, initial_state=state_BDN)
+    transition = Constant(log_poles_DN)
+
+    def after(entering_BDN: Tensor) -> Tensor:
+        return stages.leaving + transition.apply(None, shard.local_length, entering_BDN)
+
+    stages = begin_modal_convolution(u_BTD, log_poles_DN, residues_DN, skip=skip_D)
+    first = shard.rank == 0
+    pending = begin_prefix_state(transition, after(state_BDN) if first else stages.leaving, shard)
+    stages.compute_local()
+    entering_BDN = pending.wait()
+    if first:  # nothing comes from a process before
+        entering_BDN = state_BDN
+    return stages.finish(entering_BDN), after(entering_BDN)
 
 
 def modal_step(

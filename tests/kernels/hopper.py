@@ -89,8 +89,10 @@ def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], An
     def modal(*kind: torch.dtype) -> Any:
         return modal_convolution(x(1, length, 64), x(64, 16, of=kind[0]), x(64, 16, of=kind[0]))
 
-    def modal_read(kind: torch.dtype) -> Any:
-        return kernels.modal_readout(x(1, 64, 16, of=kind), x(64, 16, of=kind), x(64, 16, of=kind), length)
+    def modal_in_stages(kind: torch.dtype) -> Any:
+        stages = kernels.begin_modal_convolution(x(1, length, 64), x(64, 16, of=kind), x(64, 16, of=kind))
+        stages.compute_local()
+        return stages.finish(x(1, 64, 16, of=kind)), stages.leaving
 
     def dual(states: int) -> Any:
         tensors = x(1, length, 8, 64), x(1, length, 8), x(1, length, 1, states), x(1, length, 1, states)
@@ -126,8 +128,8 @@ def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], An
         lambda: kernels.gated_linear_attention_readout(
             x(1, 2, 64, 64, of=single), x(1, length, 2, 64), x(1, length, 2, 64)
         ),
-        lambda: modal_read(single),
-        lambda: modal_read(torch.complex64),
+        lambda: modal_in_stages(single),
+        lambda: modal_in_stages(torch.complex64),
         lambda: kernels.rms_norm(x(10, 4096), x(4096), gate=x(10, 4096), groups=1 if smallest else 8),
         lambda: kernels.rms_norm(x(10, 4096), x(4096)),
         lambda: kernels.rotary(x(1, 512, 4, 128, least=2), torch.arange(2 if smallest else 512)),

@@ -93,7 +93,7 @@ def summed(function: Callable[..., Any], values: Tensor, weight: Tensor, onto: T
 
 
 def modal_read(function: Callable[..., Any], *inputs: Tensor) -> Tensor:
-    return function(*inputs, TOKENS)
+    return function(*inputs, length=TOKENS)
 
 
 def first_sequence(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -122,7 +122,7 @@ CASES: dict[str, tuple[tuple[Callable[..., Any], Callable[..., Any]], Callable[.
     "dual read-out": (readouts.CASES["dual"][:2], plain, first_sequence(readouts.dual_inputs(TOKENS, 0.05)), (2,)),
     "gated read-out": (readouts.CASES["gated"][:2], plain, first_sequence(readouts.gated_inputs(TOKENS, 0.05)), (1,)),
     "modal read-out": (
-        pair("modal_convolution", "modal_readout"), modal_read,
+        readouts.CASES["modal"][:2], modal_read,
         first_sequence(readouts.modal_inputs(TOKENS, 0.05, turning=True)), (),
     ),
     "short convolution": (

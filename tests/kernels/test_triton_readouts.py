@@ -10,11 +10,10 @@ from torch import Tensor
 
 from longstride.kernels import (
     gated_linear_attention_readout,
-    modal_readout,
     selective_scan_readout,
 )
 from longstride.kernels.gated_linear_attention.reference import gated_linear_attention_readout_reference
-from longstride.kernels.modal_convolution.reference import modal_readout_reference
+from longstride.kernels.modal_convolution.reference import modal_convolution_reference
 from longstride.kernels.selective_scan.reference import selective_scan_readout_reference
 from longstride.kernels.state_space_dual.reference import state_space_dual_reference
 
@@ -65,8 +64,20 @@ def modal_inputs(length: int, rate: float, *, turning: bool) -> list[Tensor]:
     return [torch.complex(x.detach(), y.detach()).requires_grad_() for x, y in pairs]
 
 
-def of_length(function: Callable[..., Tensor], length: int, *inputs: Tensor, **options: Any) -> Tensor:
-    return function(*inputs, length, **options)
+def modal_readout(
+    state: Tensor, log_poles: Tensor, residues: Tensor, *, length: int = LENGTH, document_starts: Tensor | None = None
+) -> Tensor:
+    """The last stage of a split modal convolution."""
+    from longstride.kernels.modal_convolution.triton_readout import TritonModalReadout
+
+    return TritonModalReadout.apply(state, log_poles, residues, length, document_starts)
+
+
+def modal_readout_reference(
+    state: Tensor, log_poles: Tensor, residues: Tensor, *, length: int = LENGTH, **options: Any
+) -> Tensor:
+    nothing = torch.zeros(len(state), length, len(log_poles), dtype=torch.float64)
+    return modal_convolution_reference(nothing, log_poles, residues, initial_state=state, **options)[0]
 
 
 # door, reference, inputs of a length and a rate of decay, launches
@@ -90,14 +101,14 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., lis
         ["readout_kernel", "readout_gradient_kernel"],
     ),
     "modal": (
-        partial(of_length, modal_readout, LENGTH),
-        partial(of_length, modal_readout_reference, LENGTH),
+        modal_readout,
+        modal_readout_reference,
         partial(modal_inputs, turning=False),
         ["modal_readout_kernel", "modal_moments_kernel"],
     ),
     "turning modal": (
-        partial(of_length, modal_readout, LENGTH),
-        partial(of_length, modal_readout_reference, LENGTH),
+        modal_readout,
+        modal_readout_reference,
         partial(modal_inputs, turning=True),
         ["modal_readout_kernel", "modal_moments_kernel"],
     ),
