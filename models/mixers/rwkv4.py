@@ -6,7 +6,8 @@
 
 Split along the sequence one token crosses each boundary for the shift, and the sums above and below the fraction with
 their common exponent: three numbers a channel, whatever the length. The outputs are ratios, to which nothing can be
-added afterwards; each shard sums first, and computes its outputs from the state that really enters.
+added afterwards; each shard sums first, projects r while the sums travel, and computes its outputs from the state that
+really enters.
 
 Shapes: B batch, T local tokens, D model width.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import wkv4, wkv4_state
-from ...parallel import LogSpace, SequenceShard, prefix_state
+from ...parallel import LogSpace, SequenceShard, begin_prefix_state, prefix_state
 from ..channel_mix import channel_powers
 from ..parameters import Initialiser, Linear, at_least_float32, constant, orthogonal
 from ..token_shift import token_shift
@@ -53,12 +54,15 @@ class RWKV4(Mixer):
         self.output = Linear(width, width, constant(0.0))
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
-        r_BTD, k_BTD, v_BTD = self.project(x_BTD, token_shift(x_BTD, shard))
+        before_BTD = token_shift(x_BTD, shard)
+        k_BTD, v_BTD = self.project_stored(x_BTD, before_BTD)
         starts_BT, log_decay_D = shard.start_mask(x_BTD.device), self.log_decay()
-        entering_BD3 = None
+        pending = None
         if shard.size > 1:
             own_BD3 = wkv4_state(k_BTD, v_BTD, log_decay_D, document_starts=starts_BT)
-            entering_BD3 = prefix_state(LogSpace(log_decay_D, shard.reset_mask(x_BTD.device)), own_BD3, shard)
+            pending = begin_prefix_state(LogSpace(log_decay_D, shard.reset_mask(x_BTD.device)), own_BD3, shard)
+        r_BTD = self.project_receptance(x_BTD, before_BTD)
+        entering_BD3 = None if pending is None else pending.wait()
         wkv_BTD, _ = wkv4(
             k_BTD, v_BTD, log_decay_D, self.time_first, initial_state=entering_BD3, document_starts=starts_BT
         )
@@ -66,7 +70,8 @@ class RWKV4(Mixer):
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         before_B1D = window_before(x_BTD, state["shift"].unsqueeze(1), shard)
-        r_BTD, k_BTD, v_BTD = self.project(x_BTD, torch.cat([before_B1D, x_BTD[:, :-1]], dim=1))
+        before_BTD = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+        r_BTD, (k_BTD, v_BTD) = self.project_receptance(x_BTD, before_BTD), self.project_stored(x_BTD, before_BTD)
         log_decay_D, sums_BD3 = self.log_decay(), state["sums"]
         if shard.size > 1:
             if shard.rank == 0:
@@ -78,12 +83,14 @@ class RWKV4(Mixer):
         wkv_BTD, sums_BD3 = wkv4(k_BTD, v_BTD, log_decay_D, self.time_first, initial_state=sums_BD3)
         return self.output(torch.sigmoid(r_BTD) * wkv_BTD), {"shift": x_BTD[:, -1], "sums": sums_BD3}
 
-    def project(self, x_BTD: Tensor, before_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """r, k, v (..., D), given each token and the one before it."""
-        r_BTD = self.receptance(torch.lerp(before_BTD, x_BTD, self.mix_receptance))
+    def project_stored(self, x_BTD: Tensor, before_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v (..., D), given each token and the one before it."""
         k_BTD = self.key(torch.lerp(before_BTD, x_BTD, self.mix_key))
-        v_BTD = self.value(torch.lerp(before_BTD, x_BTD, self.mix_value))
-        return r_BTD, k_BTD, v_BTD
+        return k_BTD, self.value(torch.lerp(before_BTD, x_BTD, self.mix_value))
+
+    def project_receptance(self, x_BTD: Tensor, before_BTD: Tensor) -> Tensor:
+        """r (..., D), likewise."""
+        return self.receptance(torch.lerp(before_BTD, x_BTD, self.mix_receptance))
 
     def log_decay(self) -> Tensor:
         """(D,), negative, in float32 or better: half types would move the slow decays by percents."""
@@ -95,7 +102,8 @@ class RWKV4(Mixer):
         return {"shift": shift_BD, "sums": LogSpace(self.time_decay).empty(sums_BD3)}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
-        r_BD, k_BD, v_BD = self.project(x_BD, state["shift"])
+        before_BD = state["shift"]
+        r_BD, (k_BD, v_BD) = self.project_receptance(x_BD, before_BD), self.project_stored(x_BD, before_BD)
         k_B1D, v_B1D = k_BD.unsqueeze(1), v_BD.unsqueeze(1)
         wkv_B1D, sums_BD3 = wkv4(k_B1D, v_B1D, self.log_decay(), self.time_first, initial_state=state["sums"])
         return self.output(torch.sigmoid(r_BD) * wkv_B1D.squeeze(1)), {"shift": x_BD, "sums": sums_BD3}

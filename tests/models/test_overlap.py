@@ -21,7 +21,19 @@ from tests.distributed import run_ranks
 from .cases import WIDTH, make_mixer, numbers
 
 DELAY, LENGTH = 0.2, 32
-OVERLAPPED = ["mamba", "conba", "mamba2", "retnet", "linear_attention", "h3", "s4", "s4d", "modal_hyena", "hyena_li"]
+OVERLAPPED = [
+    "mamba",
+    "conba",
+    "mamba2",
+    "retnet",
+    "linear_attention",
+    "rwkv4",
+    "h3",
+    "s4",
+    "s4d",
+    "modal_hyena",
+    "hyena_li",
+]
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 Waits = dict[tuple[str, bool], list[float]]
 
