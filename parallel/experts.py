@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..kernels import RowMap, gather_rows, permute, sum_rows
 from .collectives import Pending, exchange_in, exchange_rows
@@ -209,23 +209,23 @@ class _Depart(torch.autograd.Function):
     """Rows set out; the backward awaits their gradients."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows_RD: Tensor, trip: _Trip) -> Tensor:
-        ctx.trip = trip  # type: ignore[attr-defined]
+    def forward(ctx: Any, rows_RD: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
         return trip.begin(rows_RD)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.trip.wait(), None  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.trip.wait(), None
 
 
 class _Arrive(torch.autograd.Function):
     """Rows awaited; the backward lets their gradients set out."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, arriving_RD: Tensor, trip: _Trip) -> Tensor:
-        ctx.trip = trip  # type: ignore[attr-defined]
+    def forward(ctx: Any, arriving_RD: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
         return trip.wait()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.trip.begin_home(grads[0].contiguous()), None  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.trip.begin_home(grads[0].contiguous()), None

@@ -13,8 +13,7 @@ import subprocess
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -148,16 +147,7 @@ class CephGateway:
         return daemon
 
 
-@contextmanager
-def _listening(number: int) -> Iterator[list[int]]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    try:
-        yield [listener.getsockname()[1] for listener in sockets]
-    finally:
-        for listener in sockets:
-            listener.close()
-
-
 def _free_ports(number: int) -> list[int]:
-    with _listening(number) as ports:
-        return ports
+    with ExitStack() as stack:  # all open at once, or the same one might be found twice
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [listener.getsockname()[1] for listener in sockets]
