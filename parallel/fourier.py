@@ -1,12 +1,12 @@
 """A convolution by Fourier transforms of which every process makes its own shard's: no one holds a full-length row.
 
 With a sequence cut into blocks of T tokens, X_s the transform of block s and H_j that of the filter's lags
-[j T, (j + 1) T), both followed by zeros up to F >= 2 T points, H_{r-s} X_s adds to block r and, with what does not fit,
-to the block behind it. A phase turns that part to the beginning:
+[j T, (j + 1) T), for products of F >= 2 T values, H_{r-s} X_s adds to block r and, with what does not fit, to the block
+behind it. That part is turned to the beginning by dividing by x^T, whose transform Z is of modulus one:
 
-    G_j = H_j + e^(2 pi i k T / F) H_{j-1}        Y_r = sum over s <= r of G_{r-s} X_s        y_r = first T of Y_r
+    G_j = H_j + H_{j-1} / Z        Y_r = sum over s <= r of G_{r-s} X_s        y_r = first T of Y_r
 
-    transform the block that is here: F / 2 + 1 frequencies, as it is real
+    transform the block that is here: F / 2 complex frequencies, as it is real
     exchange: every block, a P-th of the frequencies                     2 T numbers per channel and process
     multiply and add
     exchange: this block, every frequency                                2 T numbers
@@ -16,7 +16,7 @@ The backward pass is the same with conjugate filters. Channels go in groups: wha
 next one is transformed. Where shards are not blocks of one size, their tokens move to such blocks first: between even
 shards of a length that P does not divide, a few.
 
-Shapes: B batch, D channels, W tokens here, T tokens of a block, F points, K frequencies, C frequencies of a slice.
+Shapes: B batch, D channels, W tokens here, T tokens of a block, K frequencies, C frequencies of a slice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.autograd import first_order
-from ..kernels.long_convolution.portable import fast_length
+from ..kernels.long_convolution.transform import Transform
 from .collectives import Pending, exchange
 from .shard import SequenceShard, even_bounds
 
@@ -56,11 +56,6 @@ class Window:
     def block(self) -> int:
         """T."""
         return max(last - first for first, last in self.blocks)
-
-    @property
-    def points(self) -> int:
-        """F."""
-        return fast_length(2 * self.block)
 
     @property
     def shards(self) -> list[tuple[int, int]]:
@@ -90,9 +85,9 @@ class Window:
         member = self.shard.rank - self.members[0]
         return range(member * self.block, (member + 1) * self.block) if self.shard.rank in self.members else range(0)
 
-    def slices(self) -> list[range]:
+    def slices(self, frequencies: int) -> list[range]:
         """The frequencies of every process of the shard; none of those that are not members."""
-        bounds = even_bounds(self.points // 2 + 1, len(self.members))
+        bounds = even_bounds(frequencies, len(self.members))
         before, behind = self.members[0], self.shard.size - self.members[-1] - 1
         return [range(0)] * before + [range(*pair) for pair in pairwise(bounds)] + [range(0)] * behind
 
@@ -151,9 +146,9 @@ class _Convolution(torch.autograd.Function):
         grad_u = torch.empty_like(grad_BWD, memory_format=torch.contiguous_format)
         grad_filter = grad_BWD.new_empty(grad_BWD.shape[2], len(ctx.window.lags()))
         for group, product in zip(plan.groups, products, strict=True):
-            both_RDF = plan.receive_block(product)
-            grad_u[..., group] = plan.tokens(both_RDF[:-1])
-            grad_filter[group] = both_RDF[-1, :, : grad_filter.shape[1]]
+            both_RDT = plan.receive_block(product)
+            grad_u[..., group] = plan.tokens(both_RDT[:-1])
+            grad_filter[group] = both_RDT[-1]
         return grad_u, grad_filter, None
 
 
@@ -180,26 +175,25 @@ class _Plan:
 
     def __init__(self, window: Window, like_BWD: Tensor, motion: str) -> None:
         shard = self.shard = window.shard
-        self.motion, self.points = motion, window.points
-        self.members, self.slices, self.lags = window.members, window.slices(), window.lags()
+        self.motion, self.members, self.lags = motion, window.members, window.lags()
+        self.transform = Transform(2 * window.block, like_BWD.dtype, like_BWD.device)
+        self.slices = window.slices(self.transform.frequencies)
         self.place = slice(window.place, window.place + like_BWD.shape[1])
         channels = like_BWD.shape[2]
         self.groups = [slice(*pair) for pair in pairwise(even_bounds(channels, min(channels, _GROUPS)))]
-        frequencies = torch.tensor(self.slices[shard.rank], dtype=torch.float64, device=like_BWD.device)
-        turns = (frequencies * window.block % self.points) * (2 * torch.pi / self.points)
-        phase = torch.polar(torch.ones_like(turns), turns)
-        self._phase_C = phase.to(torch.promote_types(like_BWD.dtype, torch.complex64))
+        mine = self.slices[shard.rank]
+        self._back_C = self.transform.shift(-window.block)[mine.start : mine.stop]
 
     def send_block(self, x_BWD: Tensor, filter_DT: Tensor | None = None) -> Pending[list[Tensor]]:
         """Tokens in their place and, as one more row, taps: transformed, and a slice to each member."""
         batch, _, channels = x_BWD.shape
         rows = batch + (filter_DT is not None)
-        here = self.points if self.lags else 0
-        x_RDF = x_BWD.new_zeros(rows, channels, here)
-        x_RDF[:batch, :, self.place] = x_BWD.transpose(1, 2)
+        x_RDT = x_BWD.new_zeros(rows, channels, len(self.lags))
+        x_RDT[:batch, :, self.place] = x_BWD.transpose(1, 2)
         if filter_DT is not None:
-            x_RDF[batch, :, : len(self.lags)] = filter_DT
-        x_RDK = torch.fft.rfft(x_RDF) if here else torch.view_as_complex(x_RDF.new_empty(rows, channels, 0, 2))
+            x_RDT[batch] = filter_DT
+        here = bool(self.lags)
+        x_RDK = self.transform.forward(x_RDT) if here else torch.complex(x_RDT, x_RDT)
         parts = [x_RDK[..., slice(part.start, part.stop) if here else slice(0)] for part in self.slices]
         mine = len(self.slices[self.shard.rank])
         return self._exchange(parts, [mine if rank in self.members else 0 for rank in range(self.shard.size)])
@@ -218,22 +212,23 @@ class _Plan:
         return self._exchange(parts, [len(part) if self.lags else 0 for part in self.slices])
 
     def receive_block(self, product: Pending[list[Tensor]]) -> Tensor:
-        """(R, D, F) transformed back, (R, D, 0) where this process is no member."""
+        """(R, D, T) transformed back, (R, D, 0) where this process is no member."""
         x_RDK2 = torch.cat(product.wait(), dim=2)
-        return torch.fft.irfft(torch.view_as_complex(x_RDK2), self.points) if self.lags else x_RDK2[..., 0]
+        block = len(self.lags)
+        return self.transform.backward(torch.view_as_complex(x_RDK2), block) if block else x_RDK2[..., 0]
 
-    def tokens(self, x_RDF: Tensor) -> Tensor:
+    def tokens(self, x_RDT: Tensor) -> Tensor:
         """(R, W, D) from their place."""
-        return x_RDF[..., self.place].transpose(1, 2)
+        return x_RDT[..., self.place].transpose(1, 2)
 
     def folded(self, filters: list[Tensor]) -> list[Tensor]:
         """G of H."""
-        return [filters[0], *(torch.addcmul(after, before, self._phase_C) for before, after in pairwise(filters))]
+        return [filters[0], *(torch.addcmul(after, before, self._back_C) for before, after in pairwise(filters))]
 
     def unfolded(self, gradients: list[Tensor]) -> list[Tensor]:
         """The adjoint of `folded`."""
-        back_C = self._phase_C.conj().resolve_conj()
-        return [*(torch.addcmul(one, behind, back_C) for one, behind in pairwise(gradients)), gradients[-1]]
+        forth_C = self._back_C.conj().resolve_conj()
+        return [*(torch.addcmul(one, behind, forth_C) for one, behind in pairwise(gradients)), gradients[-1]]
 
     def _exchange(self, parts: list[Tensor], receive: list[int]) -> Pending[list[Tensor]]:
         """Complex parts (R, D, any); `receive` numbers from each process, with the real ones in a last dimension."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..autograd import first_order
 from ..triton_support import rows_contiguous
-from .portable import fast_length
+from .transform import fast_length
 from .triton_fourier import multiply_spectra_, to_rows, to_token_gradients, to_tokens
 
 # Padded elements in work at a time, 64 MiB; but never fewer channels than these, whose tokens fill what a GPU reads of

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longstride.kernels import long_convolution, short_convolution
 from longstride.kernels.long_convolution import portable as long_portable
-from longstride.kernels.long_convolution.portable import fast_length
 from longstride.kernels.long_convolution.reference import long_convolution_reference
 from longstride.kernels.short_convolution import portable as short_portable
 from longstride.kernels.short_convolution.reference import short_convolution_reference
@@ -184,7 +183,6 @@ def large_tensors(function, inputs: list[Tensor]) -> int:
 
 def test_what_gates_multiply_is_never_stored(monkeypatch) -> None:
     monkeypatch.setattr(long_portable, "_BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(long_portable, "_LEAST_ROWS", 1)
     inputs = gated_arguments(1, 400, 16, 400)
     # y and the gradients of u, the filter and both gates
     assert large_tensors(partial(gated, long_convolution), inputs) == 5
@@ -242,16 +240,6 @@ def test_long_convolution_in_lower_precision(dtype: torch.dtype) -> None:
     pairs = zip(outputs + gradients, expected + expected_gradients, strict=True)
     bound = 2e-6 if dtype == torch.float32 else 5e-3
     assert max(relative_error(value, want) for value, want in pairs) < bound
-
-
-def test_fast_lengths() -> None:
-    for minimum in (1, 2, 3, 97, 1000, 131071, 131073):
-        length = fast_length(minimum)
-        assert length >= minimum and length % 2 == 0 and length < 2 * max(minimum, 2)
-        for factor in (2, 3, 5):
-            while length % factor == 0:
-                length //= factor
-        assert length == 1
 
 
 def test_long_convolution_names_wrong_arguments() -> None:

@@ -186,9 +186,9 @@ def test_bytes_of_each_form() -> None:
     shared = [int(r[4]) for r in run_ranks(split, 4, 32, "shared", "channels", None)]
     assert sum(shared) == 4 * 2 * (2 * one_way + one_way // B)
     length = [int(r[4]) for r in run_ranks(split, 4, 32, "implicit", "length", None)]
-    # both ways: 9 frequencies of a block of 16 points, 3 or 2 of them here; once each way the filter goes with the rows
+    # both ways: 8 frequencies of a block of 8 tokens, 2 of them here; once each way the filter goes with the rows
     frequency = 16 * D * (2 * B + 1)
-    assert length == [frequency * ((9 - mine) + 3 * mine) for mine in (3, 2, 2, 2)]
+    assert length == [frequency * (6 + 3 * 2)] * 4
     halo = [int(r[4]) for r in run_ranks(split, 4, 32, "finite", "halo", None)]
     for sent in [int(r[4]) for r in run_ranks(split, 2, 32, "complex modes", "state", None)]:
         assert sent == 2 * 8 * B * D * 3 * 2  # both ways, 3 complex modes a channel
