@@ -49,12 +49,13 @@ def _portable(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tens
 
 
 def _compiled(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    from longstride.kernels.selective_scan import compiled
+    from longstride.kernels import compiled
+    from longstride.kernels.selective_scan.compiled import EXTENSION, CompiledSelectiveScan
 
-    if compiled.library() is None:
+    if compiled.library(EXTENSION.source) is None:
         raise RuntimeError("no C++ compiler on this machine")
     state = torch.zeros(u.shape[0], *A.shape)
-    return compiled.CompiledSelectiveScan.apply(u, delta, A, B, C, None, None, None, state, None, False)[0]
+    return CompiledSelectiveScan.apply(u, delta, A, B, C, None, None, None, state, None, False)[0]
 
 
 def _public_scan(*inputs: Tensor) -> Tensor:

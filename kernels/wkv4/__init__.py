@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import triton_support
 from ..documents import checked_starts
 from ..segments import expect_shape, segment_tokens, state_dtype, walk
+from . import compiled
 from .portable import Wkv4, summary_segment
 
 __all__ = ["EMPTY", "wkv4", "wkv4_state"]
@@ -52,6 +53,8 @@ def wkv4(
     function: type[torch.autograd.Function] = Wkv4
     if triton_support.takes(k_BTD, v_BTD, log_decay_D, bonus_D, initial_state):
         from .triton_wkv4 import TritonWkv4 as function
+    elif compiled.takes(k_BTD, v_BTD, dtype):
+        function = compiled.CompiledWkv4
     return function.apply(
         k_BTD, v_BTD, log_decay_D.to(dtype), bonus_D.to(dtype), initial_state.to(dtype), starts_BT
     )  # fmt: skip
@@ -75,6 +78,8 @@ def wkv4_state(k_BTD: Tensor, v_BTD: Tensor, log_decay_D: Tensor, *, document_st
 
         return TritonWkv4State.apply(k_BTD, v_BTD, log_decay_D.to(dtype), starts_BT)
     nothing = torch.tensor(EMPTY, dtype=dtype, device=k_BTD.device).expand(batch, channels, 3)
+    if compiled.takes(k_BTD, v_BTD, dtype):
+        return compiled.CompiledWkv4.apply(k_BTD, v_BTD, log_decay_D.to(dtype), None, nothing, starts_BT)[1]
     return walk(
         summary_segment,
         nothing,

@@ -1,13 +1,20 @@
 """Outputs and all gradients of a fast operation beside those of its reference, in float64."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 # float64 operations differ by summation order only; the largest error seen is two orders smaller.
 TOLERANCE = 1e-12
+
+
+def compiler_is_here() -> bool:
+    """What a build of the compiled kernels needs; where it is, a build that fails is a failure."""
+    return shutil.which(cpp_extension.get_cxx_compiler()) is not None and cpp_extension.is_ninja_available()
 
 
 def leaf(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
