@@ -140,20 +140,25 @@ def _wkv4_last(k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
     return kernels.wkv4(k, v, decay, torch.zeros_like(decay))[1]
 
 
-def _wkv7_transition(function: Callable[..., Any], **sizes: int) -> Case:
-    _, decay, _, _, a, b = _wkv7(function, **sizes)[0]
-    return [decay, a, b], function
-
-
-def _wkv7_from_identity(decay: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The transition by the whole recurrence: what becomes of an identity when nothing is stored."""
-    identity = torch.eye(decay.shape[3], device=decay.device).expand(decay.shape[0], decay.shape[2], -1, -1)
-    nothing = torch.zeros_like(decay)
-    return kernels.wkv7(nothing, decay, nothing, nothing, a, b, initial_state=identity)[1]
-
-
 def _state(*shape: int) -> Tensor:
     return gpu.random(*shape, dtype=torch.float32)
+
+
+def _wkv7_from_state(function: Callable[..., Any], **sizes: int) -> Case:
+    """What a split sequence does: the state that leaves from zero, and the outputs from the state that arrives."""
+    inputs, _ = _wkv7(function, **sizes)
+    return [_state(sizes["batch"], sizes["heads"], sizes["width"], sizes["width"]), *inputs], function
+
+
+def _wkv7_in_stages(state: Tensor, r: Tensor, *stored: Tensor) -> tuple[Tensor, Tensor]:
+    stages = kernels.begin_wkv7(*stored)
+    stages.compute_local(r)
+    return stages.finish(state), stages.leaving + state @ stages.transition
+
+
+def _wkv7_twice(state: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the transition, which would come on top."""
+    return kernels.wkv7(*inputs, initial_state=state)[0], kernels.wkv7(*inputs)[1]
 
 
 def _scan_from_state(readout: bool, batch: int, length: int, channels: int, states: int) -> Case:
@@ -225,8 +230,8 @@ RECURRENCES: dict[str, Callable[..., Case]] = {
     "wkv7: fla": _peer_wkv7,
     "wkv4 state: ours": lambda **sizes: _wkv4_state(kernels.wkv4_state, **sizes),
     "wkv4 state: whole recurrence": lambda **sizes: _wkv4_state(_wkv4_last, **sizes),
-    "wkv7 transition: ours": lambda **sizes: _wkv7_transition(kernels.wkv7_transition, **sizes),
-    "wkv7 transition: whole recurrence": lambda **sizes: _wkv7_transition(_wkv7_from_identity, **sizes),
+    "wkv7 stages: ours": partial(_wkv7_from_state, _wkv7_in_stages),
+    "wkv7 stages: two walks": partial(_wkv7_from_state, _wkv7_twice),
     "scan read-out: ours": partial(_scan_from_state, True),
     "scan read-out: second scan": partial(_scan_from_state, False),
     "dual read-out: ours": partial(_dual_from_state, True),

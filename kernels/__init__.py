@@ -13,15 +13,17 @@ from .short_convolution import short_convolution
 from .state_space_dual import DualStages, begin_state_space_dual, state_space_dual
 from .swiglu import swiglu
 from .wkv4 import wkv4, wkv4_state
-from .wkv7 import wkv7, wkv7_transition
+from .wkv7 import Wkv7Stages, begin_wkv7, wkv7
 
 __all__ = [
     "DualStages",
     "ModalStages",
     "RowMap",
+    "Wkv7Stages",
     "attention",
     "begin_modal_convolution",
     "begin_state_space_dual",
+    "begin_wkv7",
     "gated_linear_attention",
     "gated_linear_attention_readout",
     "gather_rows",
@@ -41,5 +43,4 @@ __all__ = [
     "wkv4",
     "wkv4_state",
     "wkv7",
-    "wkv7_transition",
 ]

@@ -3,39 +3,59 @@
     S_t = S_{t-1} (diag(w_t) + a_t b_t') + v_t k_t'          y_t = S_t r_t
 
 The equations are `kernels.wkv7`'s. A shard's tokens act on the memory that enters as the product of their matrices: two
-matrices N x N a head cross a boundary, whatever the length. Shapes: B batch, T local tokens, H heads, N head width.
+matrices N x N a head cross a boundary, whatever the length. They leave before r is known, and are awaited after the
+outputs have been computed as if the shard began from nothing; in the backward pass gradients travel at the same place.
+Shapes: B batch, T local tokens, H heads, N head width.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import wkv7, wkv7_transition
-from ..parallel import Dense, SequenceShard, prefix_state
+from ..kernels import begin_wkv7, wkv7
+from ..parallel import Dense, SequenceShard, begin_prefix_state
 
 
-def matrix_memory(
-    r_BTHN: Tensor,
-    log_w_BTHN: Tensor,
-    k_BTHN: Tensor,
-    v_BTHN: Tensor,
-    a_BTHN: Tensor,
-    b_BTHN: Tensor,
-    shard: SequenceShard,
-    initial_BHNN: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, N) at this shard's tokens, and the memory after the last; it is empty where a document begins.
+class MatrixMemory:
+    """The memory of a shard's tokens, on its way to the next shard from the moment this is made.
 
+    It is empty where a document begins. All but `shard` and `initial_BHNN` (B, T, H, N).
     `initial_BHNN`: the memory before the sequence, where there is one, the same on every process.
     """
-    sequences = (r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, a_BTHN, b_BTHN)
-    initial_BHNN = initial_BHNN if shard.rank == 0 else None
-    starts_BT, entering_BHNN = shard.start_mask(r_BTHN.device), initial_BHNN
-    if shard.size > 1:
-        _, own_BHNN = wkv7(*sequences, initial_state=initial_BHNN, document_starts=starts_BT)
-        transition = Dense(wkv7_transition(log_w_BTHN, a_BTHN, b_BTHN), shard.reset_mask(r_BTHN.device))
-        # memories are values by keys and transitions act on keys: the prefix is over transposed memories
-        entering_BHNN = prefix_state(transition, own_BHNN.mT.contiguous(), shard).mT
-        if initial_BHNN is not None:
-            entering_BHNN = entering_BHNN + initial_BHNN
-    return wkv7(*sequences, initial_state=entering_BHNN, document_starts=starts_BT)
+
+    def __init__(
+        self,
+        log_w_BTHN: Tensor,
+        k_BTHN: Tensor,
+        v_BTHN: Tensor,
+        a_BTHN: Tensor,
+        b_BTHN: Tensor,
+        shard: SequenceShard,
+        initial_BHNN: Tensor | None = None,
+    ) -> None:
+        self._stored, self._split = (log_w_BTHN, k_BTHN, v_BTHN, a_BTHN, b_BTHN), shard.size > 1
+        self._starts_BT = shard.start_mask(k_BTHN.device)
+        self._initial_BHNN = initial_BHNN if shard.rank == 0 else None
+        if self._split:
+            self._stages = begin_wkv7(*self._stored, document_starts=self._starts_BT)
+            own_BHNN = self._stages.leaving
+            if self._initial_BHNN is not None:
+                own_BHNN = self._after(self._initial_BHNN)
+            # memories are values by keys and transitions act on keys: the prefix is over transposed memories. The
+            # transition of a shard in which a document begins is zero, so that nothing else must say so
+            transition = Dense(self._stages.transition.mT.contiguous())
+            self._entering = begin_prefix_state(transition, own_BHNN.mT.contiguous(), shard)
+
+    def recall(self, r_BTHN: Tensor) -> tuple[Tensor, Tensor]:
+        """y (B, T, H, N) at this shard's tokens, and the memory after the last. To be called once."""
+        if not self._split:
+            return wkv7(r_BTHN, *self._stored, initial_state=self._initial_BHNN, document_starts=self._starts_BT)
+        self._stages.compute_local(r_BTHN)
+        entering_BHNN = self._entering.wait().mT
+        if self._initial_BHNN is not None:  # nothing comes from a process before
+            entering_BHNN = entering_BHNN + self._initial_BHNN
+        return self._stages.finish(entering_BHNN), self._after(entering_BHNN)
+
+    def _after(self, entering_BHNN: Tensor) -> Tensor:
+        stages = self._stages
+        return stages.leaving + entering_BHNN.to(stages.leaving.dtype) @ stages.transition

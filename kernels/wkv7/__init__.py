@@ -11,9 +11,10 @@ from torch import Tensor
 from .. import triton_support
 from ..documents import checked_starts
 from ..segments import expect_shape, segment_tokens, state_dtype, walk
-from .portable import CHUNK, PAIRWISE_CHUNK, is_moderate, segment, transition_segment
+from .portable import CHUNK, PAIRWISE_CHUNK, is_moderate, segment
+from .stages import Plan, Wkv7Stages
 
-__all__ = ["wkv7", "wkv7_transition"]
+__all__ = ["Wkv7Stages", "begin_wkv7", "wkv7"]
 
 
 def wkv7(
@@ -73,37 +74,35 @@ def wkv7(
     )
 
 
-def wkv7_transition(log_w_BTHN: Tensor, a_BTHN: Tensor, b_BTHN: Tensor) -> Tensor:
-    """What the tokens do to the state that enters: matrix_BHNN with S_out^T = matrix S_in^T when nothing is stored.
+def begin_wkv7(
+    log_w_BTHN: Tensor,
+    k_BTHN: Tensor,
+    v_BTHN: Tensor,
+    a_BTHN: Tensor,
+    b_BTHN: Tensor,
+    *,
+    document_starts: Tensor | None = None,
+) -> Wkv7Stages:
+    """`wkv7` of a part of a sequence, in stages: what leaves is known before the outputs are, and before r is.
 
-    That is the transposed product (diag(w_1) + a_1 b_1^T) ... (diag(w_T) + a_T b_T^T), so that it acts from the left on
-    transposed states (keys by values), as `longstride.parallel.Dense` does.
+    Send `leaving` and `transition` on their way, `compute_local(r)`, await the state that enters, `finish` with it. The
+    backward pass runs the stages in reverse: the gradient of the entering state is ready first, those of `leaving` and
+    `transition` are needed last.
 
-    Args:
-        log_w_BTHN, a_BTHN, b_BTHN: as in `wkv7`. Document starts are the caller's: a stretch with one has no matrix.
-
-    Raises:
-        ValueError: if shapes do not agree.
+    Arguments and errors are those of `wkv7`, r's those of `Wkv7Stages.compute_local`. Between the stages, and for the
+    backward pass, there are two matrices for each chunk of 32 tokens (8 if decays are strong) and three vectors a token
+    beside the arguments. The stages are PyTorch on every device, a GPU too: Triton's kernel walks token by token and
+    would have to walk twice, for what leaves and for the outputs.
     """
-    batch, length, heads, width = log_w_BTHN.shape
-    expect_shape("wkv7 transition", "a_BTHN", a_BTHN, (batch, length, heads, width))
-    expect_shape("wkv7 transition", "b_BTHN", b_BTHN, (batch, length, heads, width))
-    dtype = state_dtype(log_w_BTHN, a_BTHN, b_BTHN)
-    if triton_support.takes(log_w_BTHN, a_BTHN, b_BTHN):
-        from .triton_transition import transition
-        from .triton_wkv7 import WIDEST
-
-        if width <= WIDEST:
-            return transition(log_w_BTHN, a_BTHN, b_BTHN)
+    batch, length, heads, width = k_BTHN.shape
+    sequences = (log_w_BTHN, k_BTHN, v_BTHN, a_BTHN, b_BTHN)
+    for name, tensor in zip(("log_w_BTHN", "k_BTHN", "v_BTHN", "a_BTHN", "b_BTHN"), sequences, strict=True):
+        expect_shape("wkv7", name, tensor, (batch, length, heads, width))
+    starts_BT = checked_starts(document_starts, batch, length)
     moderate = is_moderate(log_w_BTHN, CHUNK)
-    chunk = CHUNK if moderate else PAIRWISE_CHUNK
-
-    def one_segment(matrix, cut, parameters, starts):
-        return transition_segment(chunk, moderate, matrix, cut)
-
-    identity = torch.eye(width, dtype=dtype, device=log_w_BTHN.device).expand(batch, heads, -1, -1)
-    segment = _segment(chunk, batch * heads * width, width, log_w_BTHN.device)
-    return walk(one_segment, identity, (log_w_BTHN, a_BTHN, b_BTHN), segment=segment)[1]
+    chunk = min(CHUNK if moderate else PAIRWISE_CHUNK, max(length, 1))
+    step = _segment(chunk, batch * heads * width, width, k_BTHN.device) // chunk
+    return Wkv7Stages(Plan(length, chunk, step, moderate, state_dtype(*sequences), starts_BT), *sequences)
 
 
 def _segment(chunk: int, elements: int, width: int, device: torch.device) -> int:

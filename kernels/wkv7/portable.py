@@ -10,8 +10,11 @@ Decays between two tokens are exponentials of differences. Where a chunk's decay
 factor for each of both tokens, relative to the middle of the chunk; otherwise, so that nothing overflows, each pair of
 tokens has its own.
 
-Legend: B batch, T tokens, H heads, N head width, M chunks, Q tokens of a chunk. A head's state S is (values, keys).
+Legend: B batch, T tokens, H heads, N head width, M chunks, Q tokens of a chunk; where nothing else is said, tensors of
+some chunks are (M, B, H, Q, N). A head's state S is (values, keys).
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +31,13 @@ MODERATE = 60.0
 
 
 def by_head(x_BTHN: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-    """(B, H, M, Q, N)."""
-    return chunked(x_BTHN.to(dtype), chunk).permute(0, 3, 1, 2, 4)
+    """(M, B, H, Q, N), the last chunk filled up with tokens that do nothing."""
+    return chunked(x_BTHN.to(dtype), chunk).permute(1, 0, 3, 2, 4)
+
+
+def by_token(x_MBHQN: Tensor, length: int) -> Tensor:
+    """(B, T, H, N), the inverse of `by_head`."""
+    return x_MBHQN.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
 
 
 def is_moderate(log_w_BTHN: Tensor, chunk: int) -> bool:
@@ -39,105 +47,101 @@ def is_moderate(log_w_BTHN: Tensor, chunk: int) -> bool:
     return float(chunked(log_w_BTHN.detach().float(), chunk).sum(2).abs().amax()) <= MODERATE
 
 
-def _scores(left: Tensor, left_log: Tensor, right: Tensor, right_log: Tensor, moderate: bool) -> Tensor:
-    """(..., t, s): sum_n left[t] right[s] exp(left_log[t] - right_log[s]); pairs with s after t are meaningless."""
-    if moderate:
-        middle = right_log[..., right_log.shape[-2] // 2, :].unsqueeze(-2)
-        return (left * (left_log - middle).exp()) @ (right * (middle - right_log).exp()).mT
-    between = (left_log.unsqueeze(-2) - right_log.unsqueeze(-3)).clamp_max(0.0).exp()
-    return torch.einsum("...tn,...sn,...tsn->...ts", left, right, between)
-
-
 @dataclass(frozen=True)
-class _Chunks:
-    """What the tokens' transitions need, chunk by chunk: (B, H, M, Q, N) and (..., Q, Q)."""
+class Decays:
+    """What lies between the tokens of some chunks.
 
-    log_since: Tensor  # sum of log w since the chunk's begin, with the token itself
-    log_before: Tensor  # without it
-    reads: Tensor  # a G(0, t-1): how u_t reads the entering state
-    b_left: Tensor  # b G(t, end)
-    keep: Tensor  # G(0, end), (B, H, M, N)
-    system: Tensor  # I - A_ab
+    Attributes:
+        since: sum of log w since the chunk's begin, with the token itself.
+        count_BMQ: see `documents_before`; None where no document begins.
+        moderate: whether decays may be split into factors.
+    """
+
+    since: Tensor
     count_BMQ: Tensor | None
     moderate: bool
 
     @staticmethod
-    def of(log_w: Tensor, a: Tensor, b: Tensor, starts_BT: Tensor | None, moderate: bool) -> "_Chunks":
-        chunk = log_w.shape[3]
-        log_since = log_w.cumsum(3)
-        log_before = log_since - log_w
-        count_BMQ = documents_before(starts_BT, chunk)
-        pairs = causal_pairs(chunk, count_BMQ, log_w.device).tril(-1)
-        scores = _scores(a, log_before, b, log_since, moderate)
-        system = torch.eye(chunk, dtype=a.dtype, device=a.device) - _masked(scores, pairs)
-        reads, keep = a * log_before.exp(), log_since[..., -1, :].exp()
-        if count_BMQ is not None:
-            first = _of_tokens(count_BMQ == 0, a.dtype)
-            reads, keep = reads * first, keep * first[..., -1, :]
-        chunks = _Chunks(log_since, log_before, reads, b, keep, system, count_BMQ, moderate)
-        return _Chunks(log_since, log_before, reads, chunks.left(b), keep, system, count_BMQ, moderate)
+    def of(log_w: Tensor, starts_BT: Tensor | None, moderate: bool) -> Decays:
+        return Decays(log_w.cumsum(3), documents_before(starts_BT, log_w.shape[3]), moderate)
 
-    def left(self, x: Tensor) -> Tensor:
-        """x G(t, end): what the token's key has become at the chunk's end."""
-        left = x * (self.log_since[..., -1:, :] - self.log_since).exp()
+    def entering(self, x: Tensor, log_since: Tensor) -> Tensor:
+        """x G(0, t): how a token meets the state that enters its chunk; `log_since` may leave the token itself out."""
+        met = x * log_since.exp()
+        return met if self.count_BMQ is None else met * _of_tokens(self.count_BMQ == 0, x.dtype)
+
+    def leaving(self, x: Tensor) -> Tensor:
+        """x G(t, end): what a token's key has become at the chunk's end."""
+        left = x * (self.since[..., -1:, :] - self.since).exp()
         if self.count_BMQ is not None:
             left = left * _of_tokens(self.count_BMQ == self.count_BMQ[..., -1:], x.dtype)
         return left
 
-    def solve(self, right: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(self.system, right, upper=False, unitriangular=True)
+    def whole(self) -> Tensor:
+        """G(0, end), (M, B, H, N)."""
+        whole = self.since[..., -1, :].exp()
+        if self.count_BMQ is not None:
+            whole = whole * _of_tokens(self.count_BMQ == 0, whole.dtype)[..., -1, :]
+        return whole
 
-    def transition(self, solved_reads: Tensor) -> Tensor:
-        """P (B, H, M, N, N)."""
-        return torch.diag_embed(self.keep) + solved_reads.mT @ self.b_left
+    def scores(self, left: Tensor, log_since: Tensor, b: Tensor, k: Tensor, diagonal: int) -> tuple[Tensor, Tensor]:
+        """(..., t, s): left_t . G(s, t) b_s, and with k, for s up to t + `diagonal`; zero otherwise."""
+        if self.moderate:
+            middle = self.since[..., self.since.shape[-2] // 2, :].unsqueeze(-2)
+            factor = (middle - self.since).exp()
+            both = (left * (log_since - middle).exp()) @ torch.cat((b * factor, k * factor), -2).mT
+        else:
+            between = (log_since.unsqueeze(-2) - self.since.unsqueeze(-3)).clamp_max(0.0).exp()
+            between = left.unsqueeze(-2) * between
+            both = torch.cat([torch.einsum("...sn,...tsn->...ts", right, between) for right in (b, k)], -1)
+        with_b, with_k = both.split(left.shape[-2], -1)
+        if self.count_BMQ is None:
+            return with_b.tril(diagonal), with_k.tril(diagonal)
+        pairs = causal_pairs(left.shape[-2], self.count_BMQ, left.device).tril(diagonal).transpose(0, 1).unsqueeze(2)
+        return torch.where(pairs, with_b, 0.0), torch.where(pairs, with_k, 0.0)
 
 
 def _of_tokens(mask_BMQ: Tensor, dtype: torch.dtype) -> Tensor:
-    return mask_BMQ.to(dtype)[:, None, :, :, None]
+    """(M, B or 1, 1, Q, 1)"""
+    return mask_BMQ.to(dtype).transpose(0, 1)[:, :, None, :, None]
 
 
-def _masked(scores: Tensor, pairs: Tensor) -> Tensor:
-    """Scores where the pair counts; pairs are (Q, Q) or (B or 1, M, Q, Q)."""
-    return torch.where(pairs if pairs.dim() == 2 else pairs.unsqueeze(1), scores, 0.0)
+def solve(k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_w: Tensor, decays: Decays) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything of some chunks that asks for neither outputs nor the state that enters.
+
+    Returns:
+        answers: (M, B, H, Q, 2 N); with its halves X and U, u_t = S_0 x_t + u'_t is what the state answers to a_t.
+        transition, added: P and C (M, B, H, N, N), S_out = S_in P + C.
+    """
+    width, before = k.shape[-1], decays.since - log_w
+    with_b, with_k = decays.scores(a, before, b, k, -1)
+    right = torch.cat((decays.entering(a, before), with_k @ v), -1)
+    answers = torch.linalg.solve_triangular(-with_b, right, upper=False, unitriangular=True)
+    turned, added = (answers.mT @ decays.leaving(b)).split(width, -2)
+    return answers, torch.diag_embed(decays.whole()) + turned, added + v.mT @ decays.leaving(k)
+
+
+def ask(r: Tensor, k: Tensor, v: Tensor, b: Tensor, answers: Tensor, decays: Decays) -> tuple[Tensor, Tensor]:
+    """(what a chunk's own tokens give its outputs, the questions q to the state S that enters: y_t += S q_t)."""
+    with_b, with_k = decays.scores(r, decays.since, b, k, 0)
+    reads, own = (with_b @ answers).split(r.shape[-1], -1)
+    return own + with_k @ v, reads + decays.entering(r, decays.since)
 
 
 def segment(
     chunk: int, moderate: bool, state_BHNN: Tensor, sequences: Sequence[Tensor], starts_BT: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One segment of `walk`."""
-    batch, length, heads, width = sequences[0].shape
-    chunk = min(chunk, max(length, 1))
-    r, log_w, k, v, a, b = (by_head(x, chunk, state_BHNN.dtype) for x in sequences)
-    chunks = _Chunks.of(log_w, a, b, starts_BT, moderate)
-    pairs = causal_pairs(chunk, chunks.count_BMQ, r.device)
-    a_k = _masked(_scores(a, chunks.log_before, k, chunks.log_since, moderate), pairs.tril(-1))
-    r_b = _masked(_scores(r, chunks.log_since, b, chunks.log_since, moderate), pairs)
-    r_k = _masked(_scores(r, chunks.log_since, k, chunks.log_since, moderate), pairs)
-    solved_reads, solved_values = chunks.solve(torch.cat((chunks.reads, a_k @ v), -1)).split(width, -1)
-    added = solved_values.mT @ chunks.b_left + v.mT @ chunks.left(k)
-    transition = chunks.transition(solved_reads)
-    entering = []
-    for P, C in zip(transition.unbind(2), added.unbind(2), strict=True):
-        entering.append(state_BHNN)
-        state_BHNN = state_BHNN @ P + C
-    reads_r = r * chunks.log_since.exp()
-    if chunks.count_BMQ is not None:
-        reads_r = reads_r * _of_tokens(chunks.count_BMQ == 0, r.dtype)
-    y = r_b @ solved_values + r_k @ v
-    if entering:
-        y = y + (reads_r + r_b @ solved_reads) @ torch.stack(entering, 2).mT
-    y_BTHN = y.permute(0, 2, 3, 1, 4).reshape(batch, chunk * y.shape[2], heads, width)[:, :length]
-    return y_BTHN.to(sequences[0].dtype), state_BHNN
-
-
-def transition_segment(
-    chunk: int, moderate: bool, matrix_BHNN: Tensor, sequences: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """One segment of `walk` for the product of transitions, transposed: matrix' = P^T matrix. No outputs."""
     length = sequences[0].shape[1]
     chunk = min(chunk, max(length, 1))
-    log_w, a, b = (by_head(x, chunk, matrix_BHNN.dtype) for x in sequences)
-    chunks = _Chunks.of(log_w, a, b, None, moderate)
-    for P in chunks.transition(chunks.solve(chunks.reads)).unbind(2):
-        matrix_BHNN = P.mT @ matrix_BHNN
-    return matrix_BHNN.new_zeros(matrix_BHNN.shape[0], length, 0), matrix_BHNN
+    r, log_w, k, v, a, b = (by_head(x, chunk, state_BHNN.dtype) for x in sequences)
+    decays = Decays.of(log_w, starts_BT, moderate)
+    answers, transition, added = solve(k, v, a, b, log_w, decays)
+    entering = []
+    for P, C in zip(transition.unbind(0), added.unbind(0), strict=True):
+        entering.append(state_BHNN)
+        state_BHNN = state_BHNN @ P + C
+    y, questions = ask(r, k, v, b, answers, decays)
+    if entering:
+        y = y + questions @ torch.stack(entering).mT
+    return by_token(y, length).to(sequences[0].dtype), state_BHNN

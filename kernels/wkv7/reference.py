@@ -35,14 +35,3 @@ def wkv7_reference(
         state_BHNN = state_BHNN + removed_BHN.unsqueeze(-1) * b.unsqueeze(-2) + v.unsqueeze(-1) * k.unsqueeze(-2)
         outputs.append((state_BHNN @ r.unsqueeze(-1)).squeeze(-1))
     return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(r_BTHN), state_BHNN
-
-
-def wkv7_transition_reference(log_w_BTHN: Tensor, a_BTHN: Tensor, b_BTHN: Tensor) -> Tensor:
-    """The matrix M with M S^T equal to the transposed state that S becomes when nothing is added."""
-    batch, length, heads, width = log_w_BTHN.shape
-    matrix_BHNN = torch.eye(width, dtype=log_w_BTHN.dtype).expand(batch, heads, -1, -1)
-    for t in range(length):
-        step_BHNN = torch.diag_embed(torch.exp(log_w_BTHN[:, t]))
-        step_BHNN = step_BHNN + a_BTHN[:, t].unsqueeze(-1) * b_BTHN[:, t].unsqueeze(-2)
-        matrix_BHNN = step_BHNN.mT @ matrix_BHNN
-    return matrix_BHNN

@@ -14,7 +14,7 @@ and kappa a head. Computed as
 
     y_t = S_{t-1} ((a_t - kappa r_t) k_t + q_t) + (kappa r_t + D) v_t
 
-the memory `matrix_memory` is asked before the token is stored: what each token stores comes one token later. In
+the memory, a `MatrixMemory`, is asked before the token is stored: what each token stores comes one token later. In
 training, with `noise`, S_t has w_t k_t' and y_t has v'_t more, w and v' normal: the state, which every token reads, is
 disturbed where the token writes.
 
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...parallel import SequenceShard
-from ..matrix_memory import matrix_memory
+from ..matrix_memory import MatrixMemory
 from ..noise import NOISE, normal_numbers
 from ..parameters import Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, normal
 from ..token_shift import token_shift
@@ -118,8 +118,8 @@ class LinearConba(Mixer):
         k_BTHN, v_BTHN, *w_BTHN = stored.split(self.state, dim=-1)
         learn_BTH = learn_BTH.to(k_BTHN.dtype)
         sequences = (sum(w_BTHN, learn_BTH * v_BTHN), -learn_BTH * k_BTHN, k_BTHN)
-        question_BTHN, log_w_BTHN = self.question(loop), log_a_BTH.expand(k_BTHN.shape)
-        return matrix_memory(question_BTHN, log_w_BTHN, k_BTHN, *sequences, shard, initial_BHNN)
+        memory = MatrixMemory(log_a_BTH.expand(k_BTHN.shape), k_BTHN, *sequences, shard, initial_BHNN)
+        return memory.recall(self.question(loop))
 
     def select(self, x_BTD: Tensor) -> Loop:
         """The token's part in the loop; rates in float32 or better."""

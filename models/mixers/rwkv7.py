@@ -9,7 +9,8 @@
 
 low_c is a product of two thin matrices with a nonlinearity between. Split along the sequence one token crosses each
 boundary for the shift, and the memory with the product of its transitions: two matrices N x N a head, whatever the
-length. The first layer's values belong to the same token and cross nothing; they come through `share`.
+length, on their way while r and g are projected. The first layer's values belong to the same token and cross nothing;
+they come through `share`.
 
 Shapes: B batch, T local tokens, D model width, H heads, N head width.
 """
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from ...kernels import wkv7
 from ...parallel import SequenceShard
-from ..matrix_memory import matrix_memory
+from ..matrix_memory import MatrixMemory
 from ..parameters import Initialiser, Linear, ParameterModule, at_least_float32, constant, fan_in_uniform, orthogonal
 from ..token_shift import token_shift
 from .base import LayerPlace, Mixer, MixerOptions, Shared, State, linear_flops, window_before
@@ -64,20 +65,14 @@ class Thin(ParameterModule):
         return y_BTD if self.bias is None else y_BTD + self.bias
 
 
-class Projected(NamedTuple):
-    """What the recurrence takes, (..., H, N): names as in `kernels.wkv7`; and the output gate, (..., D)."""
+class Stored(NamedTuple):
+    """What the tokens do to the memory, (..., H, N): names as in `kernels.wkv7`."""
 
-    r: Tensor
     log_w: Tensor
     k: Tensor
     v: Tensor
     a: Tensor
     b: Tensor
-    gate: Tensor
-
-    @property
-    def sequences(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self[:6]
 
 
 class RWKV7(Mixer):
@@ -112,9 +107,8 @@ class RWKV7(Mixer):
         return self.share(x_BTD, shard, {})[0]
 
     def share(self, x_BTD: Tensor, shard: SequenceShard, shared: Shared) -> tuple[Tensor, Shared]:
-        parts, added = self.project(x_BTD, token_shift(x_BTD, shard), shared)
-        y_BTHN, _ = matrix_memory(*parts.sequences, shard)
-        return self.read_out(y_BTHN, parts), added
+        y_BTD, _, added = self.recall(x_BTD, token_shift(x_BTD, shard), shard, None, shared)
+        return y_BTD, added
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         return self.share_prefill(x_BTD, shard, state, {})[:2]
@@ -123,15 +117,24 @@ class RWKV7(Mixer):
         self, x_BTD: Tensor, shard: SequenceShard, state: State, shared: Shared
     ) -> tuple[Tensor, State, Shared]:
         before_B1D = window_before(x_BTD, state["shift"].unsqueeze(1), shard)
-        parts, added = self.project(x_BTD, torch.cat([before_B1D, x_BTD[:, :-1]], dim=1), shared)
-        y_BTHN, memory_BHNN = matrix_memory(*parts.sequences, shard, state["memory"])
-        return self.read_out(y_BTHN, parts), {"shift": x_BTD[:, -1], "memory": memory_BHNN}, added
+        before_BTD = torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)
+        y_BTD, memory_BHNN, added = self.recall(x_BTD, before_BTD, shard, state["memory"], shared)
+        return y_BTD, {"shift": x_BTD[:, -1], "memory": memory_BHNN}, added
 
-    def project(self, x_BTD: Tensor, before_BTD: Tensor, shared: Shared) -> tuple[Projected, Shared]:
-        """Everything before the recurrence, given each token and the one before it; and what the layer shares."""
-        mixed = (torch.lerp(x_BTD, before_BTD, mix_D) for mix_D in self.mix)
-        x_r, x_w, x_k, x_v, x_a, x_g = mixed
-        r_BTD, k_BTD, v_BTD = self.receptance(x_r), self.key(x_k), self.value(x_v)
+    def recall(
+        self, x_BTD: Tensor, before_BTD: Tensor, shard: SequenceShard, initial_BHNN: Tensor | None, shared: Shared
+    ) -> tuple[Tensor, Tensor, Shared]:
+        """(out, the memory after this shard's tokens, what the layer shares)."""
+        stored, added = self.project_stored(x_BTD, before_BTD, shared)
+        memory = MatrixMemory(*stored, shard, initial_BHNN)
+        r_BTHN, gate_BTD = self.project_asked(x_BTD, before_BTD)
+        y_BTHN, memory_BHNN = memory.recall(r_BTHN)
+        return self.read_out(y_BTHN, r_BTHN, gate_BTD, stored), memory_BHNN, added
+
+    def project_stored(self, x_BTD: Tensor, before_BTD: Tensor, shared: Shared) -> tuple[Stored, Shared]:
+        """What changes the memory, given each token and the one before it; and what the layer shares."""
+        x_w, x_k, x_v, x_a = (torch.lerp(x_BTD, before_BTD, mix_D) for mix_D in self.mix[1:5])
+        k_BTD, v_BTD = self.key(x_k), self.value(x_v)
         added = {FAMILY: v_BTD} if self.first_value is None else {}
         if self.first_value is not None:
             first_BTD = ({FAMILY: v_BTD} | shared)[FAMILY]
@@ -140,15 +143,20 @@ class RWKV7(Mixer):
         rate_BTD = torch.sigmoid(self.rate(x_a))
         kappa_BTHN = F.normalize(self.heads(k_BTD * self.k_k), dim=-1)
         k_BTD = k_BTD * (1 + (rate_BTD - 1) * self.k_a)
-        r, log_w, k, v, rate = (self.heads(x) for x in (r_BTD, log_w_BTD, k_BTD, v_BTD, rate_BTD))
-        return Projected(r, log_w, k, v, -kappa_BTHN, kappa_BTHN * rate, self.gate(x_g, "sigmoid")), added
+        log_w, k, v, rate = (self.heads(x) for x in (log_w_BTD, k_BTD, v_BTD, rate_BTD))
+        return Stored(log_w, k, v, -kappa_BTHN, kappa_BTHN * rate), added
 
-    def read_out(self, y_BTHN: Tensor, parts: Projected) -> Tensor:
+    def project_asked(self, x_BTD: Tensor, before_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """r (..., H, N) and the output's gate (..., D), likewise."""
+        x_r, x_g = (torch.lerp(x_BTD, before_BTD, mix_D) for mix_D in (self.mix[0], self.mix[5]))
+        return self.heads(self.receptance(x_r)), self.gate(x_g, "sigmoid")
+
+    def read_out(self, y_BTHN: Tensor, r_BTHN: Tensor, gate_BTD: Tensor, stored: Stored) -> Tensor:
         """out (..., D), given what the memory answered."""
         y_ND = y_BTHN.reshape(-1, self.norm_weight.shape[0]).to(self.norm_weight.dtype)
         normed_ND = F.group_norm(y_ND, y_BTHN.shape[-2], self.norm_weight, self.norm_bias, self.norm_eps)
-        bonus_BTHN = (parts.r * parts.k * self.r_k).sum(dim=-1, keepdim=True) * parts.v
-        return self.output((normed_ND.view_as(parts.gate) + bonus_BTHN.flatten(-2)) * parts.gate)
+        bonus_BTHN = (r_BTHN * stored.k * self.r_k).sum(dim=-1, keepdim=True) * stored.v
+        return self.output((normed_ND.view_as(gate_BTD) + bonus_BTHN.flatten(-2)) * gate_BTD)
 
     def heads(self, x_BTD: Tensor) -> Tensor:
         return x_BTD.unflatten(-1, (-1, self.head_dim))
@@ -165,10 +173,12 @@ class RWKV7(Mixer):
         return self.share_step(x_BD, state, {})[:2]
 
     def share_step(self, x_BD: Tensor, state: State, shared: Shared) -> tuple[Tensor, State, Shared]:
-        parts, added = self.project(x_BD, state["shift"], shared)
-        token = (part.unsqueeze(1) for part in parts.sequences)
+        stored, added = self.project_stored(x_BD, state["shift"], shared)
+        r_BHN, gate_BD = self.project_asked(x_BD, state["shift"])
+        token = (part.unsqueeze(1) for part in (r_BHN, *stored))
         y_B1HN, memory_BHNN = wkv7(*token, initial_state=state["memory"])
-        return self.read_out(y_B1HN.squeeze(1), parts), {"shift": x_BD, "memory": memory_BHNN}, added
+        out_BD = self.read_out(y_B1HN.squeeze(1), r_BHN, gate_BD, stored)
+        return out_BD, {"shift": x_BD, "memory": memory_BHNN}, added
 
     def flops_per_token(self, context: int) -> float:
         weights = [matrix.weight for matrix in (self.receptance, self.key, self.value, self.output)]

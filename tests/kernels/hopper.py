@@ -27,7 +27,7 @@ from longstride.kernels import triton_support
 from longstride.kernels.modal_convolution import modal_convolution
 from longstride.kernels.state_space_dual import state_space_dual
 from longstride.kernels.wkv4 import wkv4, wkv4_state
-from longstride.kernels.wkv7 import wkv7, wkv7_transition
+from longstride.kernels.wkv7 import wkv7
 
 from .narrow_offsets import narrow_kernel
 from .offsets import narrow_offsets
@@ -143,7 +143,6 @@ def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], An
         lambda: wkv4(x(1, length, 64), x(1, length, 64), x(64), x(64), document_starts=starts),
         lambda: wkv4_state(x(1, length, 64), x(1, length, 64), x(64), document_starts=starts),
         lambda: wkv7(*(x(1, length, 2, 64) for _ in range(6)), document_starts=starts),
-        lambda: wkv7_transition(*(x(1, length, 2, 64) for _ in range(3))),
     ]
 
 

@@ -28,6 +28,13 @@ def in_stages(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, entering: Tens
     return stages.finish(entering)
 
 
+def wkv7_in_stages(r: Tensor, *others: Tensor) -> Tensor:
+    *stored, entering = others
+    stages = kernels.begin_wkv7(*stored)
+    stages.compute_local(r)
+    return stages.finish(entering)
+
+
 ROWS = kernels.RowMap.of(torch.tensor([3, 0, 2, 1]), torch.tensor([0, 0, 2, 3]), 5)
 COUNTS, TARGETS = torch.tensor([3, 0, 5]), torch.tensor([1, 0, -100, 3, 2])
 # operation, inputs
@@ -66,7 +73,10 @@ DOORS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "wkv4": (kernels.wkv4, [*sequences(2, 2, 7, 3), negative(3), leaf(3)]),
     "wkv4_state": (kernels.wkv4_state, [*sequences(2, 2, 7, 3), negative(3)]),
     "wkv7": (kernels.wkv7, [leaf(2, 7, 1, 3), negative(2, 7, 1, 3), *sequences(4, 2, 7, 1, 3)]),
-    "wkv7_transition": (kernels.wkv7_transition, [negative(2, 7, 1, 3), *sequences(2, 2, 7, 1, 3)]),
+    "wkv7 in stages": (
+        wkv7_in_stages,
+        [leaf(2, 7, 1, 3), negative(2, 7, 1, 3), *sequences(4, 2, 7, 1, 3), leaf(2, 1, 3, 3)],
+    ),
 }
 
 
@@ -88,9 +98,9 @@ def test_layouts_do_not_matter(name: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", sorted(set(DOORS) - {"attention", "grouped_matmul", "rotary"}))
+@pytest.mark.parametrize("name", sorted(set(DOORS) - {"attention", "grouped_matmul", "rotary", "wkv7 in stages"}))
 def test_layouts_do_not_matter_to_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the portable code in double precision. Rotary positions have a test of their own."""
+    """Beside the portable code in double precision, where there is any other; rotary has a test of its own."""
     function, inputs = DOORS[name]
 
     def portable(*x: Tensor) -> Tensor:

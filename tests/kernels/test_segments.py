@@ -17,8 +17,6 @@ from longstride.kernels.modal_convolution.reference import modal_convolution_ref
 from longstride.kernels.segments import walk
 from longstride.kernels.wkv4 import wkv4_state
 from longstride.kernels.wkv4.reference import wkv4_reference
-from longstride.kernels.wkv7 import wkv7, wkv7_transition
-from longstride.kernels.wkv7.reference import wkv7_reference, wkv7_transition_reference
 
 from . import test_gated_linear_attention as gla_cases
 from . import test_modal_convolution as modal_cases
@@ -68,9 +66,8 @@ def test_modal(turning: bool, starts: Tensor | None) -> None:
 @pytest.mark.parametrize("starts", STARTS)
 def test_delta_rule(starts: Tensor | None) -> None:
     inputs = wkv7_cases.arguments(2, 700, 2, 3)
-    slow = partial(wkv7_cases.full, wkv7_reference, document_starts=starts)
-    assert_same(partial(wkv7_cases.full, wkv7, document_starts=starts), slow, inputs)
-    assert_same(wkv7_transition, wkv7_transition_reference, [inputs[1], inputs[4], inputs[5]])
+    for fast, slow in wkv7_cases.WHOLE_AND_STAGED.values():
+        assert_same(partial(fast, document_starts=starts), partial(slow, document_starts=starts), inputs)
 
 
 @pytest.mark.parametrize("starts", STARTS)

@@ -31,7 +31,6 @@ KERNELS = {
     "triton_readout": "readout_kernel readout_gradient_kernel",
     "wkv4.triton_state": "wkv4_state_kernel wkv4_state_gradient_kernel",
     "wkv4.triton_wkv4": "wkv4_kernel wkv4_gradient_kernel",
-    "wkv7.triton_transition": "transition_kernel transition_gradient_kernel",
     "wkv7.triton_wkv7": "wkv7_kernel wkv7_gradient_kernel",
 }
 CONTROL = ("tests.kernels.narrow_offsets", "narrow_kernel")

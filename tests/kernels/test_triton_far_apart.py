@@ -40,7 +40,6 @@ from .test_state_space_dual import full as dual_full
 from .test_triton_recurrences import last_state
 from .test_wkv4 import arguments as wkv4_arguments
 from .test_wkv4 import full as wkv4_full
-from .test_wkv7 import arguments as wkv7_arguments
 
 # one process at a time: on a GPU these take gigabytes
 pytestmark = [needs_triton, pytest.mark.xdist_group("memory")]
@@ -115,9 +114,6 @@ CASES: dict[str, tuple[tuple[Callable[..., Any], Callable[..., Any]], Callable[.
     ),
     "wkv4 state": ((kernels.wkv4_state, last_state), plain, wkv4_arguments(1, TOKENS, 3)[:3], (0, 1)),
     "wkv4": (pair("wkv4", "wkv4"), wkv4_full, wkv4_arguments(1, TOKENS, 3), (0, 1)),
-    "wkv7 transition": (
-        pair("wkv7", "wkv7_transition"), plain, [wkv7_arguments(1, TOKENS, 1, 3)[i] for i in (1, 4, 5)], (0, 1, 2),
-    ),
     "scan read-out": (readouts.CASES["scan"][:2], plain, first_sequence(readouts.scan_inputs(TOKENS, 0.05)), (1, 3)),
     "dual read-out": (readouts.CASES["dual"][:2], plain, first_sequence(readouts.dual_inputs(TOKENS, 0.05)), (2,)),
     "gated read-out": (readouts.CASES["gated"][:2], plain, first_sequence(readouts.gated_inputs(TOKENS, 0.05)), (1,)),
@@ -146,7 +142,7 @@ CASES: dict[str, tuple[tuple[Callable[..., Any], Callable[..., Any]], Callable[.
         (kernels.swiglu, swiglu_reference), plain, [leaf(1, TOKENS, 6), leaf(1, TOKENS, 6, seed=1)], (0, 1),
     ),
 }  # fmt: skip
-WITHOUT_OUTPUTS = ("wkv4 state", "wkv7 transition")  # what they give has no tokens
+WITHOUT_OUTPUTS = ("wkv4 state",)  # what they give has no tokens
 RUNS = [(case, which) for case, (*_, far) in CASES.items() for which in far or (None,)]
 
 
@@ -264,15 +260,10 @@ def last_wkv4(k: Tensor, v: Tensor) -> Tensor:
     return kernels.wkv4_state(k, v, -torch.ones(k.shape[2], device=k.device)).unsqueeze(1)
 
 
-def transition(log_w: Tensor, a: Tensor) -> Tensor:
-    return kernels.wkv7_transition(-log_w.abs(), a, a).unsqueeze(1)
-
-
 # what treats columns (the third dimension) each by itself, sizes of its inputs
 COLUMNS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "long convolution": (convolution, (1, (1 << 20) + TAIL, 2048)),
     "wkv4 state": (last_wkv4, (1, (1 << 20) + TAIL, 2048)),
-    "wkv7 transition": (transition, (1, (1 << 17) + TAIL, 1024, 16)),
 }
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from longstride.kernels.wkv4 import EMPTY, wkv4, wkv4_state
 from longstride.kernels.wkv4.reference import wkv4_reference
-from longstride.kernels.wkv7 import wkv7, wkv7_transition
-from longstride.kernels.wkv7.reference import wkv7_reference, wkv7_transition_reference
+from longstride.kernels.wkv7 import wkv7
+from longstride.kernels.wkv7.reference import wkv7_reference
 
 from .compare import start_mask
 from .native import BFLOAT16_BOUND, DEVICE, FLOAT32_BOUND, NATIVE, assert_close, errors, needs_triton, triton_chosen
@@ -17,6 +17,8 @@ from .test_wkv4 import arguments as arguments4
 from .test_wkv4 import full as full4
 from .test_wkv7 import arguments as arguments7
 from .test_wkv7 import full as full7
+from .test_wkv7 import staged as staged7
+from .test_wkv7 import staged_reference as staged_reference7
 
 pytestmark = needs_triton
 
@@ -106,26 +108,14 @@ def test_wkv7_documents(rows: int, positions: tuple[int, ...], monkeypatch: pyte
         assert max(errors(partial(full7, wkv7), slow, inputs, torch.float32)) > 1e-3  # negative control
 
 
-@pytest.mark.parametrize(("decay", "dtype"), [(0.002, torch.float32), (40.0, torch.float32), (0.606, torch.bfloat16)])
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (2, 11, 2, 3), (1, 25, 1, 18), (1, 38, 1, 2), *([(1, 1100, 3, 64)] if NATIVE else [])]
-)
-def test_wkv7_transition_equals_the_step_loop(
-    shape: tuple[int, int, int, int], decay: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 70, 2, 3), *([(1, 1100, 3, 64)] if NATIVE else [])])
+def test_wkv7_in_stages_is_pytorch_on_every_device(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One segment and several, an even and an odd number of them, the last one shorter."""
-    _, log_w, _, _, a, b, _ = arguments7(*shape, decay=decay)
+    starts = start_mask(1, shape[1], (0, 40))
+    fast = partial(staged7, document_starts=starts.to(DEVICE))
+    slow = partial(staged_reference7, document_starts=starts)
     with triton_chosen(monkeypatch) as launched:
-        assert_close(wkv7_transition, wkv7_transition_reference, [log_w, a, b], dtype)
-    assert launched == ["transition_kernel", "transition_gradient_kernel"]
-
-
-def test_wkv7_transitions_do_not_commute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: segments multiplied in another order would be noticed."""
-
-    def backwards(*inputs: Tensor) -> Tensor:
-        return wkv7_transition_reference(*(torch.cat((x[:, 12:], x[:, :12]), 1) for x in inputs))
-
-    _, log_w, _, _, a, b, _ = arguments7(1, 24, 2, 5)
-    with triton_chosen(monkeypatch):
-        assert min(errors(wkv7_transition, backwards, [log_w, a, b], torch.float32)) > 0.05
+        assert_close(fast, slow, arguments7(*shape), dtype)
+    assert not launched

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longstride.kernels.wkv7 import Wkv7Stages, begin_wkv7
 from longstride.models import matrix_memory
 from longstride.parallel import SequenceShard, Strategies, Transition
 from longstride.parallel.prefix import _Flight
@@ -75,7 +75,7 @@ def own_keys_only() -> AbstractContextManager[Any]:
 
 FAULTS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
     "no decay": ("decay", no_decay),
-    "no reset": ("prefix_state", lambda: mock.patch.object(Transition, "reset", None)),
+    "no reset": ("reset", lambda: mock.patch.object(Transition, "reset", None)),
     "no state": ("prefix_state", no_state),
     "no halo": ("halo", no_halo),
     "no turn": ("sequential_state", lambda: mock.patch.object(SEQUENTIAL, "_pass", lambda *_, **__: None)),
@@ -84,7 +84,7 @@ FAULTS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
 # the families that must be found to make each motion, so that the controls cannot become empty unnoticed
 AT_LEAST = {
     "no decay": {"mamba", "mamba2", "retnet", "s4", "s4d", "h3", "hyena_li", "modal_hyena", "rwkv4", "rwkv7"},
-    "no reset": {"mamba", "mamba2", "retnet", "linear_attention", "s4", "s4d", "h3", "hyena_li", "rwkv4", "rwkv7"},
+    "no reset": {"mamba", "mamba2", "retnet", "linear_attention", "s4", "s4d", "h3", "hyena_li", "rwkv4"},
     "no state": {"mamba", "mamba2", "retnet", "linear_attention", "s4", "s4d", "h3", "hyena_li", "rwkv4", "rwkv7"},
     "no halo": {"mamba", "mamba2", "hyena", "hyena_mr", "hyena_se", "h3", "rwkv4", "rwkv7", "flash"},
     "no turn": {"lstm", "conba, exact"},
@@ -93,9 +93,10 @@ AT_LEAST = {
 
 
 def motions(name: str) -> tuple[set[str], SequenceShard]:
-    """What a mixer's ledger shows, and "decay" where a state on its way is more than passed on."""
+    """What a mixer's ledger shows, "decay" where a state on its way is more than passed on, "reset" where it is told
+    of documents that begin (a matrix memory's transition has them in it, see `bent_results`)."""
     shard = SPLIT.shard(dist.group.WORLD, strategies=Strategies(attention="ring"))
-    decays = []
+    decays, resets = [], []
 
     def watched(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def watching(self: Transition, travelling: Tensor | None, tokens: int, state: Tensor, **how: bool) -> Tensor:
@@ -105,13 +106,18 @@ def motions(name: str) -> tuple[set[str], SequenceShard]:
 
         return watching
 
+    def watching_reset(self: Transition) -> Tensor | None:
+        reset_B = getattr(self, "reset_B", None)
+        resets.append(reset_B is not None)
+        return reset_B
+
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Transition, "reset", property(watching_reset)))
         for kind in Transition.__subclasses__():
             stack.enter_context(mock.patch.object(kind, "apply", watched(kind.apply)))
         mixer_result(name, SPLIT, shard)
     found = {motion.split(".")[0] for motion in shard.ledger.by_motion()}
-    if any(decays):
-        found.add("decay")
+    found |= {name for name, told in (("decay", decays), ("reset", resets)) if any(told)}
     if found & {"ring", "pair_sum"}:
         found.add("round a ring")
     return found, shard
@@ -149,16 +155,31 @@ def test_every_mixer_notices(fault: str, faulty: list[dict[tuple[str, str], Resu
     assert all(error > NOTICED for error in errors.values()), {n: e for n, e in errors.items() if e <= NOTICED}
 
 
-def bent_result(rank: int, world_size: int) -> Result:
-    """RWKV-7 whose rotations go the other way round."""
-    prefix = matrix_memory.prefix_state
-
-    def bent(transition: Any, state: Tensor, shard: SequenceShard) -> Tensor:
-        return prefix(replace(transition, matrix_BHNN=transition.matrix_BHNN.mT), state, shard)
-
-    with mock.patch.object(matrix_memory, "prefix_state", bent):
-        return mixer_result("rwkv7", SPLIT, SPLIT.shard(dist.group.WORLD))
+def transposed(*stored: Tensor, **options: Any) -> Wkv7Stages:
+    """Rotations go the other way round."""
+    stages = begin_wkv7(*stored, **options)
+    stages.transition = stages.transition.mT
+    return stages
 
 
-def test_a_bent_motion_is_noticed(right: dict[str, Result]) -> None:
-    assert worst(assembled(run_ranks(bent_result, 3)), right["rwkv7"])[0] > NOTICED
+def unaware(*stored: Tensor, **options: Any) -> Wkv7Stages:
+    """What leaves a shard is right, but that a document has begun in it does not show in the transition."""
+    stages = begin_wkv7(*stored, **options)
+    stages.transition = begin_wkv7(*stored).transition
+    return stages
+
+
+BENT = [(name, bend) for name in ("rwkv7", "conba, linear") for bend in (transposed, unaware)]
+
+
+def bent_results(rank: int, world_size: int) -> list[Result]:
+    results = []
+    for name, bend in BENT:
+        with mock.patch.object(matrix_memory, "begin_wkv7", bend):
+            results.append(mixer_result(name, SPLIT, SPLIT.shard(dist.group.WORLD)))
+    return results
+
+
+def test_bent_matrices_are_noticed(right: dict[str, Result]) -> None:
+    for (name, bend), results in zip(BENT, zip(*run_ranks(bent_results, 3), strict=True), strict=True):
+        assert worst(assembled(list(results)), right[name])[0] > NOTICED, (name, bend)

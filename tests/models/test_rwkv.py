@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longstride.kernels import wkv4, wkv4_state, wkv7, wkv7_transition
+from longstride.kernels import begin_wkv7, wkv4, wkv4_state, wkv7
 from longstride.models import build_model
 from longstride.models.channel_mix import ChannelMix
 from longstride.models.mixers.rwkv4 import RWKV4
@@ -202,9 +202,9 @@ def test_rwkv7_stretches_compose_as_matrices() -> None:
     _, left = wkv7(*(x[:, :5] for x in (r, log_w, k, v, a, b)))
     _, right = wkv7(*(x[:, 5:] for x in (r, log_w, k, v, a, b)))
     _, whole = wkv7(r, log_w, k, v, a, b)
-    matrix = wkv7_transition(log_w[:, 5:], a[:, 5:], b[:, 5:])
-    assert difference((matrix @ left.mT).mT + right, whole) < 1e-13
-    assert difference(matrix @ left + right, whole) > 1e-3  # the transposition matters
+    matrix = begin_wkv7(*(x[:, 5:] for x in (log_w, k, v, a, b))).transition
+    assert difference(left @ matrix + right, whole) < 1e-13
+    assert difference(matrix @ left + right, whole) > 1e-3  # the side matters
 
 
 def test_rwkv7_begins_as_its_authors_code_does() -> None:
