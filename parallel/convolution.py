@@ -19,7 +19,7 @@ from ..kernels.modal_convolution import begin_modal_convolution, modal_convoluti
 from .fourier import Window, convolve_window
 from .halo import halo
 from .prefix import begin_prefix_state
-from .reshard import reshard
+from .reshard import begin_reshard, reshard
 from .shard import SequenceShard, even_bounds
 from .transitions import Constant
 
@@ -95,7 +95,8 @@ def convolve(
             sequence and a filter without end, inside the convolution, a block of channels at a time.
         form: how it travels; by default what the shard asks for, "auto" choosing the fewest bytes (modal filters and
             short finite ones have one form of their own and keep it, whatever the shard asks for).
-            "channels": to a split along channels (all-to-all), by FFT at full length there, and back;
+            "channels": to a split along channels (all-to-all, while the filter is evaluated), by FFT at full length
+                there, and back;
                 2 T D (P - 1) / P numbers per process and direction. Each evaluates its channels of the filter, or,
                 where that repeats much work on every process, its lags, for T D (P - 1) / P numbers more.
             "length": each process transforms its tokens, frequencies travel, and back; 4 T D (P - 1) / P numbers and,
@@ -178,10 +179,10 @@ def _by_channels(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tens
     num_channels = u_BTD.shape[-1]
     bounds = even_bounds(num_channels, shard.size)
     mine = slice(bounds[shard.rank], bounds[shard.rank + 1])
-    u_BLD = reshard(u_BTD, shard, to="channels")
+    arrive = begin_reshard(u_BTD, shard, to="channels")
     filter_DL = _filter_of_channels(filter, mine, num_channels, shard, u_BTD.device)
     starts = shard.whole_start_mask(u_BTD.device)
-    y_BLD = long_convolution(u_BLD, filter_DL, skip=None if skip is None else skip[mine], document_starts=starts)
+    y_BLD = long_convolution(arrive(), filter_DL, skip=None if skip is None else skip[mine], document_starts=starts)
     return reshard(y_BLD, shard, to="length", channels=num_channels)
 
 

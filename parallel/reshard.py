@@ -1,18 +1,19 @@
 """Reshard: from a slice of the length with all channels to all the length with a slice of the channels, and back.
 
-Uneven sizes are fine; several tensors travel in one message. B batch, T tokens here, L all tokens, D channels.
+Uneven sizes are fine; several tensors travel in one message, and what needs none of them may be computed meanwhile. B
+batch, T tokens here, L all tokens, D channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .collectives import exchange
+from .collectives import Pending, exchange
 from .shard import SequenceShard, even_bounds
 
 
@@ -46,6 +47,20 @@ def reshard(
         ValueError: another `to`, fewer channels than processes, or sizes that do not match the shard.
     """
     tensors = (x,) if isinstance(x, Tensor) else tuple(x)
+    result = _begin(tensors, shard, to, channels)()
+    return result[0] if isinstance(x, Tensor) else result
+
+
+def begin_reshard(x: Tensor, shard: SequenceShard, to: str, channels: int | None = None) -> Callable[[], Tensor]:
+    """`reshard` in two halves: the message leaves now, and calling the result awaits it. In the backward pass the
+    gradient travels between the same two places."""
+    finish = _begin((x,), shard, to, channels)
+    return lambda: finish()[0]
+
+
+def _begin(
+    tensors: tuple[Tensor, ...], shard: SequenceShard, to: str, channels: int | Sequence[int | None] | None
+) -> Callable[[], tuple[Tensor, ...]]:
     if to not in ("channels", "length"):
         raise ValueError(f"reshard to {to!r}: choose 'channels' or 'length'")
     tokens = shard.local_length if to == "channels" else shard.length
@@ -53,11 +68,16 @@ def reshard(
         if tensor.shape[1] != tokens:
             raise ValueError(f"reshard to {to}: x has {tensor.shape[1]} tokens, expected {tokens}")
     if shard.size == 1:
-        return tensors[0] if isinstance(x, Tensor) else tensors
-    totals = _totals(tensors, shard, to, channels)
-    result = _Reshard.apply(shard, to, totals, *tensors)
-    assert isinstance(result, tuple)
-    return result[0] if isinstance(x, Tensor) else result
+        return lambda: tensors
+    flight = _Flight(shard, to, _totals(tensors, shard, to, channels))
+    anchor = _Begin.apply(flight, *tensors)
+
+    def finish() -> tuple[Tensor, ...]:
+        result = _Finish.apply(flight, anchor)
+        assert isinstance(result, tuple)
+        return result
+
+    return finish
 
 
 def _totals(
@@ -81,24 +101,55 @@ def _totals(
     return tuple(totals)
 
 
-class _Reshard(torch.autograd.Function):
+class _Flight:
+    """What the two halves of one pass share: the message under way."""
+
+    def __init__(self, shard: SequenceShard, to: str, totals: tuple[int, ...]) -> None:
+        self._shard, self._to, self._totals = shard, to, totals
+        self._message: Pending[tuple[Tensor, ...]] | None = None
+
+    def begin(self, tensors: tuple[Tensor, ...], *, backward: bool) -> None:
+        back = "length" if self._to == "channels" else "channels"
+        to, motion = (back, "reshard.backward") if backward else (self._to, "reshard.forward")
+        self._message = _send(tensors, self._shard, to, self._totals, motion)
+
+    def land(self) -> tuple[Tensor, ...]:
+        assert self._message is not None
+        arrived, self._message = self._message.wait(), None
+        return arrived
+
+
+class _Begin(torch.autograd.Function):
+    """First half. Forward sends the tensors; backward awaits their gradients."""
+
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, shard: SequenceShard, to: str, totals: tuple[int, ...], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.shard, ctx.to, ctx.totals = shard, to, totals  # type: ignore[attr-defined]
-        return _move(tensors, shard, to, totals, "reshard.forward")
+    def forward(ctx: FunctionCtx, flight: _Flight, *tensors: Tensor) -> Tensor:
+        ctx.flight = flight  # type: ignore[attr-defined]
+        flight.begin(tensors, backward=False)
+        return tensors[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        to = "length" if ctx.to == "channels" else "channels"  # type: ignore[attr-defined]
-        moved = _move(grads, ctx.shard, to, ctx.totals, "reshard.backward")  # type: ignore[attr-defined]
-        return None, None, None, *moved
+        return None, *ctx.flight.land()  # type: ignore[attr-defined]
 
 
-def _move(
+class _Finish(torch.autograd.Function):
+    """Second half. Forward awaits the tensors; backward sends their gradients."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, flight: _Flight, anchor: Tensor) -> tuple[Tensor, ...]:
+        ctx.flight = flight  # type: ignore[attr-defined]
+        return flight.land()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, Tensor]:
+        ctx.flight.begin(grads, backward=True)  # type: ignore[attr-defined]
+        return None, grads[0].new_zeros(())
+
+
+def _send(
     tensors: tuple[Tensor, ...], shard: SequenceShard, to: str, totals: tuple[int, ...], motion: str
-) -> tuple[Tensor, ...]:
+) -> Pending[tuple[Tensor, ...]]:
     """One all-to-all for all tensors: a process's part is the tensors' blocks for it, one after another."""
     bounds = [even_bounds(total, shard.size) for total in totals]
     sequence = shard.bounds
@@ -119,9 +170,13 @@ def _move(
     parts = [row[0] if len(row) == 1 else torch.cat([block.reshape(-1) for block in row]) for row in blocks]
     shapes = [[incoming_shape(t, c, peer) for t, c in pairs] for peer in ranks]
     sizes = [[torch.Size(shape).numel() for shape in row] for row in shapes]
-    flats = exchange(parts, [(sum(row),) for row in sizes], shard, motion).wait()
-    pieces = [flat.split(row) for flat, row in zip(flats, sizes, strict=True)]
+    pending = exchange(parts, [(sum(row),) for row in sizes], shard, motion)
     dim = 1 if to == "channels" else 2
-    return tuple(
-        torch.cat([pieces[peer][i].view(shapes[peer][i]) for peer in ranks], dim=dim) for i in range(len(tensors))
-    )
+
+    def joined() -> tuple[Tensor, ...]:
+        pieces = [flat.split(row) for flat, row in zip(pending.finish(), sizes, strict=True)]
+        return tuple(
+            torch.cat([pieces[peer][i].view(shapes[peer][i]) for peer in ranks], dim=dim) for i in range(len(tensors))
+        )
+
+    return Pending(pending.work, joined, shard, motion)

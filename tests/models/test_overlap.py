@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longstride.models import matrix_memory
-from longstride.parallel import SequenceShard, Strategies, Transition, causal_attention, collectives, prefix_state, ring
+from longstride.parallel import (
+    SequenceShard,
+    Strategies,
+    Transition,
+    causal_attention,
+    collectives,
+    convolve,
+    prefix_state,
+    ring,
+)
 from longstride.parallel.prefix import PendingState
 from tests.distributed import run_ranks
 
@@ -110,6 +119,47 @@ def eager_waits(rank: int, world: int) -> Waits:
 def test_negative_control_who_computes_after_awaiting_waits() -> None:
     for found in run_ranks(eager_waits, 2):
         assert min(found["rwkv7", True]) > 0.5 * DELAY
+
+
+class SlowTaps(torch.autograd.Function):
+    """Taps that take `seconds` to make, and as long in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, taps_DL: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return taps_DL.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.seconds)
+        return grads[0], None
+
+
+def channel_waits(rank: int, world: int) -> Waits:
+    """Seconds waited by a convolution whose channels travel, forward and backward, by whether its filter is slow."""
+    exchange = dist.all_to_all_single
+    collectives.dist.all_to_all_single = lambda *args, **kwargs: LateWork(exchange(*args, **kwargs))
+    found: Waits = {}
+    for slow in (False, True):
+        shard = SequenceShard.split(LENGTH, dist.group.WORLD)
+        u_BTD = numbers("u", 1, LENGTH, 4)[:, shard.start : shard.stop].clone().requires_grad_()
+        taps_DL = numbers("taps", 4, LENGTH).requires_grad_()
+
+        def filter(lags_K: Tensor, channels: slice, taps_DL: Tensor = taps_DL, slow: bool = slow) -> Tensor:
+            return SlowTaps.apply(taps_DL[channels, : len(lags_K)], DELAY * slow)
+
+        convolve(u_BTD, filter, shard, form="channels").sum().backward()
+        rows = shard.ledger.by_motion()
+        found["channels", slow] = [rows[f"reshard.{way}"].seconds_waited for way in ("forward", "backward")]
+    return found
+
+
+def test_channels_travel_while_the_filter_is_evaluated() -> None:
+    """Of two messages each way, only the one that nothing can hide is waited for."""
+    for found in run_ranks(channel_waits, 2):
+        assert min(found["channels", False]) > 1.5 * DELAY
+        assert max(found["channels", True]) < 1.5 * DELAY
 
 
 def ring_events(rank: int, world: int) -> tuple[str, str]:
