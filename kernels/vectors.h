@@ -98,4 +98,26 @@ struct FlushSubnormals {
 #endif
 };
 
+// What belongs to one sequence and one vector of channels, in the arguments of either kernel.
+template <class T, class Arguments> struct Rows {
+  const Arguments &in;
+  int64_t b, channel;
+  int lanes;
+  Rows(const Arguments &in, int64_t b, int64_t block) : in(in), b(b), channel(block * width<T>) {
+    const int64_t left = in.channels - channel;
+    lanes = left < width<T> ? int(left) : width<T>;
+  }
+  Vector<T> row(const void *base, int64_t batch, int64_t token, int64_t t) const {
+    return load(static_cast<const T *>(base) + b * batch + t * token + channel, lanes);
+  }
+  int64_t dense(int64_t t) const { return (b * in.length + t) * in.channels + channel; }
+  Vector<T> parameter(const void *base) const { return load(static_cast<const T *>(base) + channel, lanes); }
+  bool starts(int64_t t) const { return in.starts && in.starts[b * in.starts_batch + t]; }
+  // where the state before a tile of tokens is kept, so many vectors of it
+  T *kept(int64_t tile, int64_t vectors) const {
+    const int64_t tiles = (in.length + in.tile - 1) / in.tile, blocks = (in.channels + width<T> - 1) / width<T>;
+    return static_cast<T *>(in.checkpoints) + ((b * tiles + tile) * blocks * width<T> + channel) * vectors;
+  }
+};
+
 }  // namespace

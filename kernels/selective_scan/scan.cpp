@@ -41,28 +41,16 @@ template <class T> inline Vector<T> softplus(Vector<T> x) {
   return x > Vector<T>{} + T(20) ? x : y;
 }
 
-// Rows of the arguments that belong to one sequence and one vector of channels.
-template <class T> struct Block {
-  const Arguments &in;
-  int64_t b, channel;
-  int lanes;
-  Block(const Arguments &in, int64_t b, int64_t block) : in(in), b(b), channel(block * width<T>) {
-    const int64_t left = in.channels - channel;
-    lanes = left < width<T> ? int(left) : width<T>;
-  }
-  Vector<T> row(const void *base, int64_t batch, int64_t token, int64_t t) const {
-    return load(static_cast<const T *>(base) + b * batch + t * token + channel, lanes);
-  }
-  int64_t dense(int64_t t) const { return (b * in.length + t) * in.channels + channel; }
+template <class T> struct Block : Rows<T, Arguments> {
+  using Rows<T, Arguments>::Rows, Rows<T, Arguments>::in, Rows<T, Arguments>::b, Rows<T, Arguments>::channel;
+  using Rows<T, Arguments>::lanes, Rows<T, Arguments>::row, Rows<T, Arguments>::parameter;
   Vector<T> u(int64_t t) const { return row(in.u, in.u_batch, in.u_token, t); }
   Vector<T> z(int64_t t) const { return row(in.z, in.z_batch, in.z_token, t); }
-  Vector<T> parameter(const void *base) const { return load(static_cast<const T *>(base) + channel, lanes); }
   Vector<T> raw_step(int64_t t) const {
     const Vector<T> raw = row(in.delta, in.delta_batch, in.delta_token, t);
     return in.bias ? raw + parameter(in.bias) : raw;
   }
   Vector<T> step(int64_t t) const { return in.softplus ? softplus<T>(raw_step(t)) : raw_step(t); }
-  bool starts(int64_t t) const { return in.starts && in.starts[b * in.starts_batch + t]; }
   const T *B(int64_t t) const { return static_cast<const T *>(in.B) + b * in.B_batch + t * in.B_token; }
   const T *C(int64_t t) const { return static_cast<const T *>(in.C) + b * in.C_batch + t * in.C_token; }
   // (D, N) or (B, D, N) to vectors of channels and back
@@ -76,10 +64,7 @@ template <class T> struct Block {
     for (int64_t n = 0; n < in.states; ++n)
       for (int lane = 0; lane < lanes; ++lane) to[lane * in.states + n] = from[n][lane];
   }
-  T *checkpoint(int64_t tile) const {
-    const int64_t tiles = (in.length + in.tile - 1) / in.tile, blocks = (in.channels + width<T> - 1) / width<T>;
-    return static_cast<T *>(in.checkpoints) + ((b * tiles + tile) * blocks * width<T> + channel) * in.states;
-  }
+  T *checkpoint(int64_t tile) const { return this->kept(tile, in.states); }
 };
 
 template <class T> void forward(const Arguments &in) {

@@ -39,23 +39,11 @@ template <class T> struct Weights {
   }
 };
 
-// Rows of the arguments that belong to one sequence and one vector of channels.
-template <class T> struct Block {
-  const Arguments &in;
-  int64_t b, channel;
-  int lanes;
-  Block(const Arguments &in, int64_t b, int64_t block) : in(in), b(b), channel(block * width<T>) {
-    const int64_t left = in.channels - channel;
-    lanes = left < width<T> ? int(left) : width<T>;
-  }
-  Vector<T> row(const void *base, int64_t batch, int64_t token, int64_t t) const {
-    return load(static_cast<const T *>(base) + b * batch + t * token + channel, lanes);
-  }
+template <class T> struct Block : Rows<T, Arguments> {
+  using Rows<T, Arguments>::Rows, Rows<T, Arguments>::in, Rows<T, Arguments>::b, Rows<T, Arguments>::channel;
+  using Rows<T, Arguments>::lanes, Rows<T, Arguments>::row, Rows<T, Arguments>::dense;
   Vector<T> k(int64_t t) const { return row(in.k, in.k_batch, in.k_token, t); }
   Vector<T> v(int64_t t) const { return row(in.v, in.v_batch, in.v_token, t); }
-  Vector<T> parameter(const void *base) const { return load(static_cast<const T *>(base) + channel, lanes); }
-  bool starts(int64_t t) const { return in.starts && in.starts[b * in.starts_batch + t]; }
-  int64_t dense(int64_t t) const { return (b * in.length + t) * in.channels + channel; }
   void write(void *base, int64_t t, Vector<T> x) const { store(static_cast<T *>(base) + dense(t), x, lanes); }
   // (B, D, 3) to vectors of channels and back; lanes of no channel hold a state of nothing
   State<T> gather(const void *base) const {
@@ -76,10 +64,7 @@ template <class T> struct Block {
       to[3 * lane + 2] = state.p[lane];
     }
   }
-  void *checkpoint(int64_t tile) const {
-    const int64_t tiles = (in.length + in.tile - 1) / in.tile, blocks = (in.channels + width<T> - 1) / width<T>;
-    return static_cast<char *>(in.checkpoints) + ((b * tiles + tile) * blocks + channel / width<T>) * sizeof(State<T>);
-  }
+  T *checkpoint(int64_t tile) const { return this->kept(tile, 3); }
 };
 
 template <class T> inline void forget(State<T> &state) { state = State<T>{{}, {}, Vector<T>{} + T(-1e38)}; }
