@@ -22,8 +22,9 @@ from ..autograd import first_order
 from ..documents import document_ranges
 from .transform import Transform
 
-# Values of products in work at a time: a few arrays of as many numbers fit a core's cache.
-_BLOCK_ELEMENTS = 1 << 18
+# Values of products in work at a time: an array or two of as many numbers fit a core's cache, and there are rows enough
+# for the FFT library, which plans every call anew.
+_BLOCK_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)
