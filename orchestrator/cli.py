@@ -1,349 +1,40 @@
-"""The `longstride` command: what can be asked, and how mistakes are answered.
+"""The `longstride` command: runs what was asked, and answers mistakes.
 
-This file only parses and reports. Commands live in `commands`, imported when one is run, so that `--help` does not
-wait for torch. Exit codes: 0 done; 1 a run failed; 2 a mistake in what was asked; 130 interrupted; 143 terminated.
-A mistake is one line on stderr; LONGSTRIDE_TRACEBACK=1 shows where it was found.
+Commands live in `commands`, imported when one is run; what can be asked is in `arguments`. Exit codes: 0 done; 1 a run
+failed; 2 a mistake in what was asked; 130 interrupted; 143 terminated. A mistake is one line on stderr;
+LONGSTRIDE_TRACEBACK=1 shows where it was found.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import keyword
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from collections.abc import Sequence
 
+from .arguments import MISTAKE, build_parser, parse
+from .ending import Ending
 from .failures import EchoOfMistake, RunFailed, Terminated, is_mistake, is_outage, one_line
 
-MISTAKE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, with the nearest valid name."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(MISTAKE, f"longstride: {message}; see {self.prog} --help\n")
-
-    def _check_value(self, action: argparse.Action, value: object) -> None:
-        if action.choices is not None and value not in action.choices:
-            choices = [str(choice) for choice in action.choices]
-            nearest = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(choices)}"
-            self.error(f"no {action.metavar or action.dest} {value!r}; {hint}")
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command: `name` is also its function's in `commands` (`import_` for import); `add` declares its arguments."""
-
-    name: str
-    summary: str
-    example: str
-    add: Callable[[argparse.ArgumentParser], None]
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the experiment (the shipped ones: configs/)")
-    _add_overrides(parser)
-    _add_address(parser)
-    parser.add_argument(
-        "--continue",
-        dest="same",
-        action="store_true",
-        help="go on with the run of that run.name if it exists (what jobs do that are started again)",
-    )
-
-
-def _add_resume(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    _add_overrides(parser)
-    _add_address(parser)
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    parser.add_argument(
-        "--prompt", required=True, action="append", metavar="TEXT", help="what to continue; repeat it for several"
-    )
-    parser.add_argument("--tokens", type=int, metavar="N", help="how many tokens to add")
-    parser.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token each time")
-    parser.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest; 0: among all")
-    parser.add_argument("--top-p", type=float, metavar="X", help="sample among the likeliest that sum to X")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the random choices")
-    parser.add_argument(
-        "--modes", type=int, metavar="N", help="decode Hyena layers as recurrences of N modes a channel (order 2)"
-    )
-    _add_checkpoint(parser)
-
-
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    _add_overrides(parser)
-    _add_checkpoint(parser)
-
-
-def _add_track(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    _add_overrides(parser)
-
-
-def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="config.json and safetensors files")
-    parser.add_argument("out", metavar="OUT", help="the run to make: a path or URL, such as runs/mamba-130m")
-    _add_overrides(parser)
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    parser.add_argument("out", metavar="OUT", help="directory to write")
-    parser.add_argument("--layout", required=True, metavar="NAME", help="whose files they are to be, such as mamba")
-    _add_checkpoint(parser)
-
-
-def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--directory", default="runs", metavar="URL", help="where the runs are: a path or URL (default: runs)"
-    )
-
-
-def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    parser.add_argument("--verify", action="store_true", help="read every byte and compare with its checksum")
-
-
-def _add_communication(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    parser.add_argument("--by", choices=("motion", "layer", "rank"), default="motion", help="what a line stands for")
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's directory (path or URL), or its name below runs/")
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        default=[],
-        help="settings put over the file's: train.steps=100 data.batch=8",
-    )
-
-
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        default="latest",
-        metavar="WHICH",
-        help="latest (default), best (of the lowest validation loss), or a step such as 200",
-    )
-
-
-def _add_submit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the experiment")
-    _add_overrides(parser)
-    _add_dashboard(parser)
-    parser.add_argument("--follow", action="store_true", help="print what the job prints, until it ends")
-    parser.add_argument(
-        "--python", default="python", metavar="PATH", help="the interpreter on the cluster's head (default: python)"
-    )
-
-
-def _add_status(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", metavar="JOB", nargs="?", help="a job's name (default: all jobs)")
-    _add_dashboard(parser)
-
-
-def _add_logs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", metavar="JOB", help="the job's name, as `longstride submit` printed it")
-    _add_dashboard(parser)
-    parser.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
-
-
-def _add_stop(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", metavar="JOB", help="the job's name, as `longstride submit` printed it")
-    _add_dashboard(parser)
-    parser.add_argument("--timeout", type=float, default=120, metavar="SECONDS", help="how long to wait for its end")
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the experiment")
-    _add_overrides(parser)
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the config's)")
-    parser.add_argument("--memory", metavar="SIZE", help="of a device, such as 80GiB; what exceeds it is said")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="what the processes will compute on (default: as here)"
-    )
-
-
-def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "sources", metavar="SOURCE", nargs="+", help="files, folders, globs or URLs of text, JSONL, Parquet or FASTA"
-    )
-    parser.add_argument("out", metavar="OUT", help="folder to write: a path or URL (s3://bucket/corpus)")
-    parser.add_argument("--tokenizer", metavar="NAME", help="bytes (default), dna, bpe, or a tokenizer.json")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="of the bpe tokenizer that is trained")
-    parser.add_argument("--separator", metavar="TOKEN", help="of a tokenizer.json: the token that ends a document")
-    parser.add_argument("--format", choices=("auto", "text", "jsonl", "parquet", "fasta"), metavar="KIND")
-    parser.add_argument("--field", metavar="NAME", help="key or column of the text (JSONL, Parquet; default: text)")
-    parser.add_argument("--validation", type=float, metavar="SHARE", help="share to hold out (default: 0.05)")
-    parser.add_argument("--holdout", choices=("auto", "documents", "tail"), metavar="HOW")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: 2)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what another preparation left in OUT")
-
-
-def _add_dashboard(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--address", required=True, metavar="URL", help="the cluster's dashboard, such as http://10.0.0.5:8265"
-    )
-
-
-def _add_address(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--address",
-        metavar="HOST:PORT",
-        help="Ray cluster to join; 'auto': the one on this machine (default: RAY_ADDRESS, else one is started here)",
-    )
-
-
-COMMANDS = (
-    Command(
-        "train",
-        "train a model, its sequences split over the workers",
-        "longstride train configs/quickstart.yaml train.steps=200 parallel.sequence=2",
-        _add_train,
-    ),
-    Command(
-        "resume",
-        "continue a run from its last complete checkpoint",
-        "longstride resume runs/quickstart-20261122-101500 train.steps=400",
-        _add_resume,
-    ),
-    Command(
-        "generate",
-        "continue a prompt, one token at a time in constant memory",
-        "longstride generate runs/quickstart-20261122-101500 --prompt 'def ' --tokens 200",
-        _add_generate,
-    ),
-    Command(
-        "evaluate",
-        "measure loss and accuracy on held-out sequences, of several lengths if asked",
-        "longstride evaluate runs/quickstart-20261122-101500 'evaluate.lengths=[1024, 32768]'",
-        _add_evaluate,
-    ),
-    Command(
-        "import",
-        "make a run of a checkpoint in safetensors, of Hugging Face's or the original software",
-        "longstride import checkpoints/mamba-130m runs/mamba-130m",
-        _add_import,
-    ),
-    Command(
-        "export",
-        "write a run's weights for other software",
-        "longstride export runs/mamba-130m exported/mamba-130m --layout mamba",
-        _add_export,
-    ),
-    Command("runs", "list runs: state, step, loss, context", "longstride runs --directory runs", _add_runs),
-    Command(
-        "checkpoints",
-        "list a run's checkpoints, whole or broken",
-        "longstride checkpoints runs/quickstart-20261122-101500 --verify",
-        _add_checkpoints,
-    ),
-    Command(
-        "communication",
-        "what a run's processes send each other in a step, and how long they wait",
-        "longstride communication runs/quickstart-20261122-101500 --by layer",
-        _add_communication,
-    ),
-    Command(
-        "track",
-        "send what MLflow missed of a run, as when its server was away",
-        "longstride track runs/quickstart-20261122-101500 tracking.uri=http://10.0.0.9:5000",
-        _add_track,
-    ),
-    Command(
-        "plan",
-        "say what a run will take: meshes, memory, arithmetic, messages",
-        "longstride plan configs/quickstart.yaml --workers 4 --memory 80GiB data.context=65536",
-        _add_plan,
-    ),
-    Command(
-        "prepare",
-        "tokenise sources into shards to train on",
-        "longstride prepare 'texts/*.jsonl' corpora/texts --tokenizer bpe --vocab-size 8192",
-        _add_prepare,
-    ),
-    Command(
-        "submit",
-        "train on a cluster, as a job that survives this terminal; prints the job's name",
-        "longstride submit configs/quickstart.yaml --address http://10.0.0.5:8265 run.directory=s3://bucket/runs",
-        _add_submit,
-    ),
-    Command(
-        "status",
-        "list a cluster's jobs, or show one",
-        "longstride status quickstart-20261122-101500.1 --address http://10.0.0.5:8265",
-        _add_status,
-    ),
-    Command(
-        "logs",
-        "show what a job prints",
-        "longstride logs quickstart-20261122-101500.1 -f --address http://10.0.0.5:8265",
-        _add_logs,
-    ),
-    Command(
-        "stop",
-        "end a job after the step at hand, with a checkpoint",
-        "longstride stop quickstart-20261122-101500.1 --address http://10.0.0.5:8265",
-        _add_stop,
-    ),
-)
-
-
-def build_parser() -> Parser:
-    """The whole command line."""
-    parser = Parser(
-        prog="longstride",
-        description="Trains long-context hybrid sequence models with every sequence split along its length.",
-        epilog="Try it: longstride train configs/quickstart.yaml\nMore on a command: longstride COMMAND --help",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and leave")
-    subparsers = parser.add_subparsers(dest="command", metavar="command")
-    for command in COMMANDS:
-        subparser = subparsers.add_parser(
-            command.name,
-            help=command.summary,
-            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            epilog=f"Example:\n  {command.example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add(subparser)
-    return parser
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parsed arguments. Overrides may stand before or after options, which argparse alone does not allow."""
-    parser = build_parser()
-    namespace, rest = parser.parse_known_args(arguments)
-    if namespace.command is None:
-        return namespace
-    unknown = [word for word in rest if word.startswith("-") or not hasattr(namespace, "overrides")]
-    if unknown:
-        parser.error(f"{namespace.command} does not understand {' '.join(unknown)}")
-    if hasattr(namespace, "overrides"):
-        namespace.overrides = [*namespace.overrides, *rest]
-    return namespace
+FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    namespace = parse(sys.argv[1:] if arguments is None else arguments)
+    """Runs the command and returns its exit code. Without arguments it is the process's own command, and its end."""
+    if arguments is not None:
+        return _run(arguments)
+    ending = Ending()
+    try:
+        ending.code = _run(sys.argv[1:])
+    except Exception:
+        ending.code = FAILED
+        raise
+    return ending.code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    namespace = parse(arguments)
     if namespace.version:
         from importlib.metadata import version
 

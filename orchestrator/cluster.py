@@ -28,6 +28,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError
 
+from ..data.credentials import refuse_credentials
 from .failures import one_line
 from .placement import BUNDLE, Device
 from .stopping import postponed, undisturbed
@@ -138,6 +139,7 @@ def _start(workers: int) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def _join(address: str) -> Iterator[Cluster]:
+    refuse_credentials("--address", address if "://" in address else f"ray://{address}", "RAY_AUTH_TOKEN")
     if "://" in address:
         raise ValueError(
             f"{address} is not the address of a cluster's head (host:port): give that, from a node of the cluster"

@@ -26,6 +26,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from ..data.credentials import refuse_credentials
 from ..workers import Experiment
 from .failures import one_line
 from .wheel import build_wheel
@@ -167,12 +168,11 @@ def job_environment() -> dict[str, str]:
 
 
 def check_address(address: str) -> str:
-    """ValueError unless `address` is the URL of a dashboard."""
+    """ValueError unless `address` is the URL of a dashboard, with no secret in it."""
+    refuse_credentials("--address", address if "://" in address else f"http://{address}", "RAY_AUTH_TOKEN")
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--address {address!r} is not the URL of a Ray dashboard, such as http://10.0.0.5:8265")
-    if parts.username or parts.password:
-        raise ValueError("--address holds credentials; take them out of the URL and set RAY_AUTH_TOKEN instead")
     return address.rstrip("/")
 
 

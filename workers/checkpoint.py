@@ -87,7 +87,8 @@ class Checkpointer:
             self._write(tensors, progress)
             return
         self._stage(tensors)
-        self._thread = threading.Thread(target=self._write_aside, args=(self._staged, progress), daemon=True)
+        work = (self._staged, progress)
+        self._thread = threading.Thread(target=self._write_aside, args=work, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:

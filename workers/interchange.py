@@ -84,8 +84,10 @@ def export_run(
 
     Returns their step, and a line for every checkpoint that came first and is broken. `checkpoint`: as of `load_run`.
     Called on each of the experiment's workers; the first one writes, and no process holds the whole model if there are
-    several. Raises ValueError, in one line: see `save_pretrained`, and where there is no checkpoint.
+    several. Raises ValueError, in one line: see `save_pretrained`, where there is no checkpoint, and for a URL.
     """
+    if "://" in refuse_credentials("OUT", out):
+        raise ConfigError(f"OUT={out} is a URL: give a folder of this machine, and copy it from there")
     if experiment.workers == 1:
         trained = load_run(run, experiment, checkpoint=checkpoint)
         save_pretrained(trained.model, out, layout=layout)

@@ -12,11 +12,10 @@ import time
 from dataclasses import asdict, replace
 
 import torch
-from torch import Tensor, nn
 
 from ..data import Batch, Corpus, Stage
-from ..models import DropoutKey, Losses, build_model
-from ..parallel import CanonicalModel, CommunicationLedger, Mesh, SequenceShard, clip_gradients
+from ..models import Losses
+from ..parallel import CommunicationLedger, Mesh
 from .checkpoint import Checkpointer, gloo_group
 from .checkpoint_policy import CheckpointTimer
 from .communication import write_communication
@@ -30,7 +29,7 @@ from .random_state import seed_everything
 from .recovery import BadBatches, BadLoss
 from .reporting import Reporter, RunStart, Silent
 from .run_directory import RunDirectory, code_version, timestamp
-from .sharded_model import make_sharded_model
+from .split_model import SplitModel
 from .tracking import Tracker
 
 
@@ -74,13 +73,8 @@ class Trainer:
         self.validation_loss: float | None = None
         self.ledger = CommunicationLedger()
         seed_everything(experiment.seed, mesh.rank)
-        tiles = experiment.train.canonical
-        if tiles:
-            model = build_model(experiment.model, seed=experiment.seed, dtype=experiment.train.parameter_dtype)
-            self.model = model.to(mesh.device)
-        else:
-            self.model = make_sharded_model(experiment, mesh, ledger=self.ledger)
-        self.canonical = CanonicalModel(self.model, tiles, mesh.sequence_group) if tiles else None
+        self._split = SplitModel(experiment, mesh, self.ledger)
+        self.model = self._split.module
         self.optimizer = ShardedAdamW(self.model, experiment.train)
         self.checkpointer = Checkpointer(run, experiment.checkpoint, self.model, self.optimizer)
         self.checkpoint_timer = CheckpointTimer(experiment.checkpoint)
@@ -90,7 +84,6 @@ class Trainer:
         data = experiment.data
         self.bad_batches = BadBatches(run, experiment.recovery, data.context, data.batch, self._control)
         self._bounds = mesh.shard(experiment.data.context)
-        self._compared = False  # whether the processes have compared their messages, as they do in the first step
         share = {"data_rank": mesh.data_rank, "data_size": mesh.data_size}
         slice_ = (self._bounds.start, self._bounds.stop)
         self.loader = experiment.data.training(self.corpus, seed=experiment.seed, bounds=slice_, **share)
@@ -177,17 +170,14 @@ class Trainer:
         batch = next(self.loader)
         reading = time.perf_counter() - asked
         losses = self._losses(batch, backward=True)
-        clip = self.experiment.train.clip
-        # canonical gradients are whole on every process
-        mesh = None if self.canonical else self.mesh
-        norm = float(clip_gradients(self.model.parameters(), clip if clip > 0 else None, mesh))
+        norm = self._split.clip(self.experiment.train.clip)
         loss = float(losses.cross_entropy.detach())
         if problem := self.bad_batches.guard.problem(loss, norm):
             self.optimizer.zero_grad()
             raise BadLoss(f"{problem} at step {self.step_count + 1}", batch.step)
         rate = learning_rate(self.experiment.train, self.step_count + 1)
         self.optimizer.step(rate)
-        (self.canonical or self.model).end_step()
+        self._split.end_step()
         self.optimizer.zero_grad()
         self.bad_batches.guard.add(loss)
         self.step_count += 1
@@ -270,26 +260,7 @@ class Trainer:
             self.reporter.noted(f"{bad}: batch {bad.position} is left out{back}")
 
     def _losses(self, batch: Batch, *, backward: bool = False) -> Losses:
-        """The losses of a batch; with `backward` the parameters' gradients too."""
-        tokens_BT, targets_BT = (tensor.to(self.mesh.device) for tensor in (batch.tokens_BT, batch.targets_BT))
-        context = self.experiment.data.context
-        first_row = self.mesh.data_rank * len(tokens_BT)
-        dropout_key = DropoutKey(self.experiment.seed, self.step_count, first_row) if backward else None
-
-        def compute(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard) -> Losses:
-            losses = model(tokens_BT, targets_BT, shard, dropout_key)
-            if backward:
-                losses.total.backward()
-            return losses
-
-        if self.canonical is None:
-            shard = self.mesh.shard(context, batch.document_starts, self.ledger, checked=not self._compared)
-            self._compared = True
-            return compute(self.model, tokens_BT, targets_BT, shard)
-        losses = self.canonical.run(compute, tokens_BT, targets_BT, context, batch.document_starts, self.ledger)
-        if backward:
-            self.canonical.collect_gradients()
-        return losses
+        return self._split.losses(batch, self.step_count, backward=backward)
 
     def _log(self, record: StepRecord) -> None:
         self.last_record = record

@@ -101,6 +101,8 @@ class CephGateway:
 
     def start_gateway(self) -> None:
         """The gateway answers when this returns."""
+        log = self.home / "client.rgw.log"
+        self._log_start = log.stat().st_size if log.exists() else 0
         gateway = self._daemon("radosgw", "-n", "client.rgw")
         deadline = time.monotonic() + START_SECONDS
         while True:
@@ -118,6 +120,13 @@ class CephGateway:
         gateway = self._daemons.pop()
         gateway.send_signal(signal.SIGKILL)
         gateway.wait()
+
+    def requests(self) -> tuple[int, int]:
+        """How many requests the gateway has begun since it was started, and answered; by its log."""
+        with (self.home / "client.rgw.log").open(errors="replace") as log:
+            log.seek(self._log_start)
+            text = log.read()
+        return text.count("====== starting new request "), text.count("====== req done ")
 
     def stop(self) -> None:
         for daemon in reversed(self._daemons):

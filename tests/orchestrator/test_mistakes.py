@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from longstride.orchestrator.cli import COMMANDS, main
+from longstride.orchestrator.arguments import COMMANDS
+from longstride.orchestrator.cli import main
 
 from .commands import run_command
 
@@ -52,8 +53,16 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no dashboard at the address": (("status", "--address", "http://127.0.0.1:1"), ("http://127.0.0.1:1", "refused")),
     "a dashboard without http": (("logs", "a.1", "--address", "127.0.0.1:8265"), ("127.0.0.1:8265", "http://")),
     "a dashboard's address with a password": (
-        ("stop", "a.1", "--address", "http://me:secret@127.0.0.1:8265"),
-        ("credentials", "RAY_AUTH_TOKEN"),
+        ("stop", "a.1", "--address", "http://me:hunter2@127.0.0.1:8265"),
+        ("--address=http://***@127.0.0.1:8265 holds credentials", "RAY_AUTH_TOKEN"),
+    ),
+    "a password and no http": (
+        ("status", "--address", "me:hunter2@127.0.0.1:8265"),
+        ("--address=http://***@127.0.0.1:8265 holds credentials", "RAY_AUTH_TOKEN"),
+    ),
+    "a cluster's address with a password": (
+        (*TRAIN, "--address", "me:hunter2@127.0.0.1:6379"),
+        ("--address=ray://***@127.0.0.1:6379 holds credentials", "RAY_AUTH_TOKEN"),
     ),
     "submit without an address": (("submit", "small.yaml"), ("--address",)),
     "prepare nothing": (("prepare", "*.nothing", "out"), ("*.nothing",)),
@@ -72,6 +81,7 @@ def test_a_mistake_is_one_line(
     assert captured.err.count("\n") == 1, captured.err
     assert all(word in captured.err for word in words), captured.err
     assert "Traceback" not in captured.err + captured.out
+    assert "hunter2" not in captured.err + captured.out
     assert sorted(path.name for path in place.rglob("*") if path.is_file()) == ["small.yaml"]
 
 

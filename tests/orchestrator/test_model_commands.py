@@ -154,6 +154,7 @@ def test_out_and_in_again(task: Path, place: Path, capsys: pytest.CaptureFixture
         (["import", "task.yaml", "runs/mine"], "task.yaml"),
         (["export", "copying", "out", "--layout", "llama"], "cannot be stored as llama"),
         (["export", "copying", "out", "--layout", "lama"], "no layout 'lama'"),
+        (["export", "copying", "s3://bucket/out", "--layout", "mamba"], "OUT=s3://bucket/out is a URL"),
         (["export", "coping", "out", "--layout", "mamba"], "did you mean copying?"),
         (["evaluate", "copying", "workers=2"], "torchrun --nproc-per-node 2 -m longstride.orchestrator evaluate"),
         (["evaluate", "copying", "evaluate.lengths=[7]"], "4 tokens and their markers need 8 or more"),

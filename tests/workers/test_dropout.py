@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longstride.models import DropoutKey
-from longstride.workers import trainer as trainer_module
+from longstride.workers import split_model
 from longstride.workers.configuration import ConfigError
 from longstride.workers.evaluate import load_run
 from longstride.workers.metrics import read_records
@@ -34,7 +34,7 @@ def trained(rank: int, world_size: int, directory: str, *overrides: str) -> Numb
 
 def without_rows(rank: int, world_size: int, directory: str, *overrides: str) -> Numbers:
     """Every process takes its first sequence for the first of the global batch."""
-    trainer_module.DropoutKey = lambda seed, step, first_row: DropoutKey(seed, step)  # type: ignore[assignment,misc]
+    split_model.DropoutKey = lambda seed, step, first_row: DropoutKey(seed, step)  # type: ignore[assignment,misc]
     return trained(rank, world_size, directory, *overrides)
 
 

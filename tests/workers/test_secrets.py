@@ -21,11 +21,12 @@ from longstride.data.credentials import mask_credentials, refuse_credentials
 from longstride.data.object_store import PatientS3FileSystem
 from longstride.data.storage import Folder
 from longstride.orchestrator.cli import main
+from longstride.orchestrator.jobs import check_address
 from longstride.workers import Experiment, create_run, find_run, list_runs
 from longstride.workers.checkpoint_policy import prune
 from longstride.workers.configuration import ConfigError, apply_overrides, parse_yaml
 from longstride.workers.dcp_storage import RestrictedReader
-from longstride.workers.interchange import imported_experiment
+from longstride.workers.interchange import export_run, imported_experiment
 from longstride.workers.manifest import MANIFEST_FILE, Checkpoint, list_checkpoints
 from longstride.workers.metrics import read_records
 from longstride.workers.run_directory import RunDirectory
@@ -208,6 +209,7 @@ def test_a_command_does_not_take_a_url_with_a_secret(url: str, tmp_path: Path) -
         "SOURCE": lambda: prepare([str(source), url], str(tmp_path / "out")),
         "--tokenizer": lambda: prepare(str(source), str(tmp_path / "out"), tokenizer=f"{url}/tokenizer.json"),
         "URL": lambda: Storage(f"{url}/step-00000001"),
+        "--address": lambda: check_address(url),
     }
     for field, command in commands.items():
         with pytest.raises(ValueError, match=rf"\b{field.strip('-')}=\S*\*\*\*.* holds credentials") as caught:
@@ -215,6 +217,8 @@ def test_a_command_does_not_take_a_url_with_a_secret(url: str, tmp_path: Path) -
         assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"^OUT=\S* holds credentials"):
         imported_experiment(str(tmp_path), url)
+    with pytest.raises(ValueError, match=r"^OUT=\S* holds credentials"):
+        export_run(RunDirectory(str(tmp_path)), tiny_experiment("/nowhere"), url, "mamba")
     assert not (tmp_path / "out").exists(), "refused before anything is made"
 
 

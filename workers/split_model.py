@@ -1,0 +1,70 @@
+"""The experiment's model over the processes of a mesh: losses and gradients of a batch.
+
+Either FSDP shards the parameters and every process computes with its slice of the sequences, or, for results that do
+not depend on the number of processes (`train.canonical`), every process has the whole model and computes tiles.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..data import Batch
+from ..models import DropoutKey, Losses, build_model
+from ..parallel import CanonicalModel, CommunicationLedger, Mesh, SequenceShard, clip_gradients
+from .experiment import Experiment
+from .sharded_model import make_sharded_model
+
+
+class SplitModel:
+    """Every process of the mesh has one and calls it alike.
+
+    Attributes:
+        module: the model, with this process's part of the parameters.
+        canonical: it in tiles, None without `train.canonical`.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh, ledger: CommunicationLedger) -> None:
+        self.experiment, self.mesh, self.ledger = experiment, mesh, ledger
+        self._compared = False  # whether the processes have compared their messages, as they do in the first step
+        self.canonical: CanonicalModel | None = None
+        if tiles := experiment.train.canonical:
+            model = build_model(experiment.model, seed=experiment.seed, dtype=experiment.train.parameter_dtype)
+            self.module = model.to(mesh.device)
+            self.canonical = CanonicalModel(self.module, tiles, mesh.sequence_group)
+        else:
+            self.module = make_sharded_model(experiment, mesh, ledger=ledger)
+
+    def losses(self, batch: Batch, step: int, *, backward: bool = False) -> Losses:
+        """The losses of a batch, the same on every process; with `backward` this process's gradients too.
+
+        `step`: made so far; it decides what is dropped out.
+        """
+        tokens_BT, targets_BT = (tensor.to(self.mesh.device) for tensor in (batch.tokens_BT, batch.targets_BT))
+        context = self.experiment.data.context
+        first_row = self.mesh.data_rank * len(tokens_BT)
+        dropout_key = DropoutKey(self.experiment.seed, step, first_row) if backward else None
+
+        def compute(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard) -> Losses:
+            losses = model(tokens_BT, targets_BT, shard, dropout_key)
+            if backward:
+                losses.total.backward()
+            return losses
+
+        if self.canonical is None:
+            shard = self.mesh.shard(context, batch.document_starts, self.ledger, checked=not self._compared)
+            self._compared = True
+            return compute(self.module, tokens_BT, targets_BT, shard)
+        losses = self.canonical.run(compute, tokens_BT, targets_BT, context, batch.document_starts, self.ledger)
+        if backward:
+            self.canonical.collect_gradients()
+        return losses
+
+    def clip(self, most: float) -> float:
+        """Scales the gradients down to the norm `most` if that is above 0; the norm they had, over all processes."""
+        # canonical gradients are whole on every process
+        mesh = None if self.canonical else self.mesh
+        return float(clip_gradients(self.module.parameters(), most if most > 0 else None, mesh))
+
+    def end_step(self) -> None:
+        """After the optimiser's step: what models adapt by themselves, as their experts' selection bias."""
+        (self.canonical or self.module).end_step()
