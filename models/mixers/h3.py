@@ -12,7 +12,6 @@ Shapes: B batch, T local tokens, D model width, H heads, K head width, N state.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -51,9 +50,10 @@ class H3(Mixer):
         if width % options.head_dim:
             raise ValueError(f"h3: width {width} is not divisible by h3.head_dim {options.head_dim}; use a divisor")
         self.heads, shift = width // options.head_dim, (width, options.shift)
-        init, out_init = normal(place.init_std), normal(place.init_std / math.sqrt(2 * place.num_layers))
+        init = normal(place.init_std)
         self.q_proj, self.k_proj, self.v_proj = (Linear(width, width, init, bias=True) for _ in range(3))
-        self.out_proj = Linear(width, width, out_init, bias=True)
+        # not smaller in deeper models: the authors' rule for that does not reach `output_linear`, and recall needs it
+        self.out_proj = Linear(width, width, init, bias=True)
         self.shift_B = self.parameter("shift_B", shift, first_unit_vector, decay=False)
         self.shift_C = self.parameter("shift_C", shift, uniform(options.shift**-0.5))
         self.shift_D = self.parameter("shift_D", (width,), normal(1.0))

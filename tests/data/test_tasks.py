@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from longstride.data import TASKS, Batch, BatchLoader, Corpus, CorpusError, DataConfig, Task
 from longstride.data.draws import Draws
@@ -77,6 +79,15 @@ def test_associative_recall() -> None:
         queries.append(tokens[-1])
     assert nearly_uniform(found, set(range(9, 18)))
     assert nearly_uniform(queries, set(range(9)))
+
+
+def test_the_config_of_h3s_recall_is_the_papers_task() -> None:
+    """20 tokens of pairs, and guessing is right once in four, the table's 25.0% (with 20 ids it would be in nine)."""
+    path = Path(__file__).parents[2] / "configs" / "tasks" / "h3-associative-recall.yaml"
+    task = DataConfig.model_validate(yaml.safe_load(path.read_text())["data"]).open()
+    assert isinstance(task, Task)
+    assert task.context == 20 + 2
+    assert nearly_uniform([answers[21] for _, answers in examples(task, 500)], {4, 5, 6, 7})
 
 
 def test_selective_copying() -> None:

@@ -85,6 +85,15 @@ def test_mamba_begins_as_its_authors_code_does() -> None:
     assert abs(model.embedding.weight.std().item() - 0.02) < 1e-3
 
 
+def test_h3s_output_begins_as_its_other_projections() -> None:
+    """The authors' scaling with depth reaches the MLP alone; with out_proj as small H3 learns recall late."""
+    blocks = build_model({"vocab_size": 64, "width": 128, "layers": "[h3] x 8"}).blocks
+    mixer, mlp = values(blocks[0].mixer), values(blocks[0].feed_forward)
+    assert mixer["q_proj.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert mixer["out_proj.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert mlp["down_proj.weight"].std().item() == pytest.approx(0.02 / math.sqrt(2 * 8), rel=0.05)
+
+
 @pytest.mark.parametrize("smallest", [1e-9, 1e-6, 1e-3])
 def test_step_sizes_begin_where_the_config_says(smallest: float) -> None:
     """Below the authors' floor of 1e-4 as well."""
