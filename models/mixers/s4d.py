@@ -6,7 +6,8 @@
     x_t = Abar x_{t-1} + Bbar u_t,  y_t = 2 Re C x_t + D u_t;        out = GLU(out_proj(GELU(y)))
 
 A is diagonal, complex in conjugate pairs of which one is kept (hence 2 Re); `real` has real modes instead. The same
-decay at every token: a convolution by a sum of modes, and between shards only the state travels.
+decay at every token: a convolution by a sum of modes, and between shards only the state travels. The S4D that H3 is
+compared with (HazyResearch/safari) has no GLU: `gated: false`.
 
 Shapes: B batch, T local tokens, D channels, N state (real numbers), M modes: N / 2 complex or N real ones.
 """
@@ -32,9 +33,10 @@ Discretisation = Literal["zoh", "bilinear"]
 
 
 class S4DOptions(MixerOptions):
-    """`state`: N; `init`: where A begins; `dt_min`, `dt_max`: between which the step sizes begin."""
+    """`state`: N; `init`: where A begins; `dt_min`, `dt_max`: step sizes begin between them; `gated`: with a GLU."""
 
     state: int = Field(default=64, ge=2)
+    gated: bool = True
     init: Literal["lin", "inv", "quad", "legs", "real"] = "lin"
     discretisation: Discretisation = "zoh"
     dt_min: float = Field(default=1e-3, gt=0)
@@ -108,13 +110,13 @@ class DiagonalStateSpace(ParameterModule):
 
 
 class S4D(Mixer):
-    """`ssm`: the state spaces; `D` (D,): the direct term; `out_proj`: to twice the width, for the GLU."""
+    """`ssm`: the state spaces; `D` (D,): the direct term; `out_proj`: to twice the width if a GLU follows."""
 
     def __init__(self, options: S4DOptions, place: LayerPlace) -> None:
         super().__init__()
-        self.ssm = DiagonalStateSpace(place.width, options)
+        self.ssm, self.gated = DiagonalStateSpace(place.width, options), options.gated
         self.D = self.parameter("D", (place.width,), normal(1.0))
-        self.out_proj = Linear(place.width, 2 * place.width, fan_in_uniform(), bias=True)
+        self.out_proj = Linear(place.width, (1 + self.gated) * place.width, fan_in_uniform(), bias=True)
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
         y_BTD = convolve(x_BTD, ModalFilter(*self.ssm.discrete()), shard, skip=at_least_float32(self.D))
@@ -126,7 +128,8 @@ class S4D(Mixer):
 
     def output(self, y_BTD: Tensor) -> Tensor:
         """Across the channels."""
-        return F.glu(self.out_proj(F.gelu(y_BTD)), dim=-1)
+        out = self.out_proj(F.gelu(y_BTD))
+        return F.glu(out, dim=-1) if self.gated else out
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
         shape = (batch, self.ssm.channels, self.ssm.modes)

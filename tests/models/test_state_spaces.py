@@ -126,6 +126,17 @@ def test_s4d_is_a_convolution_with_its_modes(name: str) -> None:
     assert difference(y_BTD, by_fourier(LENGTH)) > 1e-2  # without padding the end wraps around to the beginning
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_s4d_ends_with_a_glu_or_without(gated: bool) -> None:
+    mixer = make_model({"layers": f"[s4d(state=6, gated={str(gated).lower()})]"}).blocks[0].mixer
+    assert isinstance(mixer, S4D)
+    y_BTD = numbers("y", 2, 5, WIDTH)
+    out = torch.nn.functional.gelu(y_BTD) @ mixer.out_proj.weight.t() + mixer.out_proj.bias
+    if gated:
+        out = out[..., :WIDTH] * torch.sigmoid(out[..., WIDTH:])
+    assert out.shape == y_BTD.shape and difference(mixer.output(y_BTD), out) < 1e-12
+
+
 def test_s4d_begins_where_the_paper_says() -> None:
     case = {"layers": "[s4d(state=8)]", "width": 400, "vocab_size": 4, "feed_forward": "none"}
     model = make_model(case)
