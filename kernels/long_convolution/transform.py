@@ -80,7 +80,8 @@ class Transform:
         x_CL = F.pad(x_CL, (0, -x_CL.shape[-1] % self.row))
         x_CQM = x_CL.view(-1, x_CL.shape[-1] // self.row, self.row)
         count = x_CQM.shape[1]
-        z_CRM = torch.complex(self._real_RQ[:, :count] @ x_CQM, self._imag_RQ[:, :count] @ x_CQM)
+        with torch.autocast(x_CL.device.type, enabled=False):
+            z_CRM = torch.complex(self._real_RQ[:, :count] @ x_CQM, self._imag_RQ[:, :count] @ x_CQM)
         return torch.fft.fft(z_CRM.mul_(self._phases_RM)).view(*x_CL.shape[:-1], self.frequencies)
 
     def backward(self, spectrum_CS: Tensor, length: int) -> Tensor:
@@ -88,8 +89,9 @@ class Transform:
         spectrum_CRM = spectrum_CS.reshape(-1, *self._phases_RM.shape)
         z_CRM = torch.fft.ifft(spectrum_CRM, norm="forward").mul_(self._back_RM)
         count = -(-length // self.row)
-        x_CQM = self._real_RQ[:, :count].mT @ z_CRM.real.contiguous()
-        x_CQM += self._imag_RQ[:, :count].mT @ z_CRM.imag.contiguous()
+        with torch.autocast(z_CRM.device.type, enabled=False):
+            x_CQM = self._real_RQ[:, :count].mT @ z_CRM.real.contiguous()
+            x_CQM += self._imag_RQ[:, :count].mT @ z_CRM.imag.contiguous()
         return x_CQM.view(*spectrum_CS.shape[:-1], count * self.row)[..., :length]
 
     def shift(self, steps: int) -> Tensor:

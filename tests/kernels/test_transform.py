@@ -80,6 +80,14 @@ def test_single_precision_at_a_million_tokens() -> None:
     assert difference(found, expected) < 1.5 * difference(torch.fft.irfft(spectrum)[:, :length], expected)
 
 
+def test_autocast_leaves_it_alone() -> None:
+    u, v = signals(300, 300, dtype=torch.float32)
+    transform = Transform(600, u.dtype, u.device)
+    expected = transform.backward(transform.forward(u) * transform.forward(v), 300)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(transform.backward(transform.forward(u) * transform.forward(v), 300), expected)
+
+
 def test_fast_lengths() -> None:
     for minimum in range(1, 3000):
         length = fast_length(minimum)
