@@ -12,7 +12,7 @@ from .mesh import Degrees, Mesh, MeshConfig
 from .pair_sum import pair_sum
 from .prefix import PendingState, begin_prefix_state, prefix_state
 from .reduce import global_sum
-from .reshard import reshard
+from .reshard import begin_reshard, reshard
 from .sequential import sequential_state
 from .shard import Link, SequenceShard, Strategies
 from .transitions import Constant, Dense, LogSpace, PerChannel, PerHead, Transition
@@ -41,6 +41,7 @@ __all__ = [
     "Transition",
     "begin_convolve",
     "begin_prefix_state",
+    "begin_reshard",
     "causal_attention",
     "clip_gradients",
     "convolve",

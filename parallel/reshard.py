@@ -7,11 +7,10 @@ batch, T tokens here, L all tokens, D channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .collectives import Pending, exchange
 from .shard import SequenceShard, even_bounds
@@ -123,27 +122,27 @@ class _Begin(torch.autograd.Function):
     """First half. Forward sends the tensors; backward awaits their gradients."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, flight: _Flight, *tensors: Tensor) -> Tensor:
-        ctx.flight = flight  # type: ignore[attr-defined]
+    def forward(ctx: Any, flight: _Flight, *tensors: Tensor) -> Tensor:
+        ctx.flight = flight
         flight.begin(tensors, backward=False)
         return tensors[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.flight.land()  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.flight.land()
 
 
 class _Finish(torch.autograd.Function):
     """Second half. Forward awaits the tensors; backward sends their gradients."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, flight: _Flight, anchor: Tensor) -> tuple[Tensor, ...]:
-        ctx.flight = flight  # type: ignore[attr-defined]
+    def forward(ctx: Any, flight: _Flight, anchor: Tensor) -> tuple[Tensor, ...]:
+        ctx.flight = flight
         return flight.land()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, Tensor]:
-        ctx.flight.begin(grads, backward=True)  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        ctx.flight.begin(grads, backward=True)
         return None, grads[0].new_zeros(())
 
 
