@@ -4,13 +4,14 @@ Knows nothing of torch.distributed: it is told which rank of how many it serves.
 """
 
 from .config import DataConfig
-from .corpus import SPLITS, Corpus, CorpusError
+from .corpus import SPLITS, Corpus
+from .errors import CorpusError, StoreUnavailable
 from .loader import Batch, BatchLoader, HeldOut, SequenceLoader, ValidationSet
 from .mixture import Mixture
+from .opening import open_corpus
 from .preparation import Prepared, Progress, prepare
 from .schedule import Stage
 from .shards import ShardedCorpus
-from .storage import StoreUnavailable
 from .subwords import SubwordTokenizer
 from .task_loader import TaskLoader, TaskValidation
 from .tasks import TASKS, Task, TasksConfig
@@ -41,5 +42,6 @@ __all__ = [
     "TasksConfig",
     "Tokenizer",
     "ValidationSet",
+    "open_corpus",
     "prepare",
 ]

@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from .corpus import Corpus
 from .credentials import refuse_credentials
 from .loader import BatchLoader, HeldOut, SequenceLoader, ValidationSet
+from .opening import open_corpus
 from .schedule import Stage, parse_length, parse_schedule, plan_stages
 from .task_loader import TaskLoader, TaskValidation
 from .tasks import TASKS, Task, TasksConfig
@@ -77,7 +78,7 @@ class DataConfig(BaseModel):
         """The corpus. CorpusError (a ValueError): it is unknown or cannot be read."""
         if isinstance(self.corpus, str) and self.corpus in TASKS:
             return self.tasks.open(self.corpus, self.context)
-        return Corpus.open(self.corpus, verify=self.verify, on_bad_shard=self.on_bad_shard)
+        return open_corpus(self.corpus, verify=self.verify, on_bad_shard=self.on_bad_shard)
 
     def training(
         self,

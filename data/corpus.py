@@ -4,11 +4,8 @@ Where documents begin is known from an index, without reading tokens, so that ev
 whole sequence while it reads only its own slice of the tokens.
 """
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -16,10 +13,6 @@ from .order import Region
 from .tokenizers import Tokenizer
 
 SPLITS = ("train", "validation")
-
-
-class CorpusError(ValueError):
-    """A corpus that cannot be opened or read; the message is one line for the user."""
 
 
 class Corpus(ABC):
@@ -72,40 +65,3 @@ class Corpus(ABC):
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of a sample."""
         return self.tokenizer.decode(tokens)
-
-    @staticmethod
-    def open(
-        source: str | Mapping[str, float],
-        *,
-        verify: Literal["size", "blocks", "checksum"] = "blocks",
-        on_bad_shard: Literal["stop", "skip"] = "stop",
-    ) -> "Corpus":
-        """Open a corpus.
-
-        Args:
-            source: "python-source" or "ecoli"; the path or fsspec URL of a folder that `prepare` made; or a mixture,
-                {any of these: its weight}.
-            verify, on_bad_shard: for prepared corpora, see `ShardedCorpus`.
-
-        Raises CorpusError, in one line: there is no such corpus (the nearest name is given), or it is damaged.
-        """
-        from .embedded import EMBEDDED  # the implementations import this module
-        from .mixture import open_mixture
-        from .shards import ShardedCorpus
-        from .tasks import TASKS
-
-        if not isinstance(source, str):
-            return open_mixture(source, verify=verify, on_bad_shard=on_bad_shard)
-        if source in EMBEDDED:
-            return EMBEDDED[source]()
-        if "/" in source or Path(source).exists():
-            return ShardedCorpus(source, verify=verify, on_bad_shard=on_bad_shard)
-        if source in TASKS:
-            raise CorpusError(f"{source!r} is a task and no text to mix: name it alone, as data.corpus={source}")
-        near = difflib.get_close_matches(source, [*EMBEDDED, *TASKS], n=1, cutoff=0.4)
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else f"take {', '.join(sorted([*EMBEDDED, *TASKS]))}, or the path of a prepared corpus"
-        )
-        raise CorpusError(f"unknown corpus {source!r}: {hint}")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .corpus import SPLITS, Corpus, CorpusError
+from .corpus import SPLITS, Corpus
+from .errors import CorpusError
 from .order import stable_hash
 from .tokenizers import ByteTokenizer, DnaTokenizer
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .corpus import Corpus, CorpusError
+from .corpus import Corpus
+from .errors import CorpusError
 from .order import GlobalOrder, Region, Window, spread
 from .prefetch import Prefetcher
 

@@ -2,13 +2,12 @@
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from .corpus import SPLITS, Corpus, CorpusError
+from .corpus import SPLITS, Corpus
+from .errors import CorpusError
 from .order import Region
 
 
@@ -79,10 +78,3 @@ class Mixture(Corpus):
     def fingerprint(self) -> str:
         parts = [(corpus.fingerprint(), weight) for corpus, weight in zip(self._corpora, self._weights, strict=True)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def open_mixture(weights: Mapping[str, float], **options: Any) -> Mixture:
-    """The mixture of the named corpora. CorpusError: there are none in it, or as of `Corpus.open` and `Mixture`."""
-    if not weights:
-        raise CorpusError("the mixture is empty: give corpora and their weights, as in {python-source: 0.7, ...: 0.3}")
-    return Mixture([(Corpus.open(name, **options), float(weight)) for name, weight in weights.items()])

@@ -23,7 +23,7 @@ from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
-from .storage import StoreUnavailable
+from .errors import StoreUnavailable
 
 PATIENCE_SECONDS = 30.0
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 15.0

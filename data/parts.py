@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .blocks import block_checksums
-from .corpus import SPLITS, CorpusError
+from .corpus import SPLITS
+from .errors import CorpusError
 from .shards import ShardEntry
 from .sources import Piece, documents
 from .storage import Folder

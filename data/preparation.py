@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Literal
 
-from .corpus import SPLITS, CorpusError
+from .corpus import SPLITS
 from .credentials import refuse_credentials
+from .errors import CorpusError
 from .order import stable_hash
 from .parts import PARTS, Division, Part, finished_parts, make_part
 from .shards import INDEX, TOKENIZER, Index, find_problems, read_index
@@ -74,7 +75,7 @@ def prepare(
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Prepared:
-    """Turn raw sources into a prepared corpus that `Corpus.open(out)` reads. Run again, it goes on.
+    """Turn raw sources into a prepared corpus that `open_corpus(out)` reads. Run again, it goes on.
 
     Args:
         sources: files, folders (everything below), globs; paths or fsspec URLs (s3://bucket/*.jsonl).

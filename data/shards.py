@@ -22,7 +22,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .blocks import BLOCK_BYTES, CheckedFile, checksums_length
-from .corpus import SPLITS, Corpus, CorpusError
+from .corpus import SPLITS, Corpus
+from .errors import CorpusError
 from .storage import Folder
 from .subwords import SubwordTokenizer
 from .tokenizers import BUILT_IN, Tokenizer

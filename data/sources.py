@@ -8,7 +8,7 @@ from typing import IO, Any, Literal
 import fsspec
 from fsspec.utils import infer_compression
 
-from .corpus import CorpusError
+from .errors import CorpusError
 from .storage import explained, one_line, patiently, resolve
 
 Kind = Literal["text", "jsonl", "parquet", "fasta"]

@@ -14,8 +14,8 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from .corpus import CorpusError
 from .credentials import mask_credentials, refuse_credentials
+from .errors import CorpusError, StoreUnavailable
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
@@ -33,10 +33,6 @@ _FINAL = (
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # by name: their module is slow to import
 # Packages whose errors are about connections: fsspec's stores speak HTTP through them.
 _NETWORK_PACKAGES = ("aiohttp", "urllib3", "requests")
-
-
-class StoreUnavailable(OSError):
-    """A store that could not be reached, or did not answer as it should, within our patience. One line, no mistake."""
 
 
 def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:

@@ -17,8 +17,9 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from .corpus import SPLITS, Corpus, CorpusError
+from .corpus import SPLITS, Corpus
 from .draws import Draws
+from .errors import CorpusError
 from .loader import IGNORED
 from .tokenizers import Tokenizer
 

@@ -123,7 +123,7 @@ def is_outage(error: BaseException) -> bool:
     """Whether a store could not be reached, however long it was waited for: another attempt, later, may go well."""
     if not isinstance(error, OSError):
         return False
-    from ..data.storage import StoreUnavailable  # slow to import, and --help needs none of it
+    from ..data.errors import StoreUnavailable  # slow to import, and --help needs none of it
 
     return isinstance(error, StoreUnavailable)
 

@@ -1,4 +1,4 @@
-"""The house plan, kept by a test: imports run downwards only, and every package is installed under its own name.
+"""The house plan, kept by a test: imports run downwards only and never in a circle, packages keep their own names.
 
 Reads source text; imports nothing of ours.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,26 @@ def modules() -> list[tuple[str, Path]]:
     return [("longstride." + ".".join(file.parent.relative_to(ROOT).parts), file) for file in files]
 
 
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules of which each imports the next and the last is the first; empty if there are none.
+
+    `sources`: dotted module names, a package's ending in `.__init__`, and their text. Imports inside functions count.
+    """
+    known = {name.removesuffix(".__init__") for name in sources}
+    graph: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        names = imported_names(source, name.rpartition(".")[0])
+        # "from . import module" names the package too, of which it takes nothing
+        taken = {one for one in names if not any(other.startswith(f"{one}.") for other in names)}
+        module = name.removesuffix(".__init__")
+        graph[module] = {one if one in known else one.rpartition(".")[0] for one in taken} & known - {module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
 def _is_import_call(node: ast.Call) -> bool:
     function = node.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
@@ -130,6 +151,21 @@ def test_upward_import_is_noticed(source: str, package: str) -> None:
 )
 def test_downward_import_is_allowed(source: str, package: str) -> None:
     assert not violations(source, package)
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    assert not circle({f"{package}.{file.stem}": file.read_text(encoding="utf-8") for package, file in modules()})
+
+
+def test_circle_is_noticed() -> None:
+    above, below = "longstride.data.corpus", "longstride.data.tasks"
+    late = {above: "def f():\n    from .tasks import TASKS", below: "from .corpus import Corpus"}
+    assert set(circle(late)) == {above, below}
+    through_package = {"longstride.data.__init__": "from .tasks import TASKS", below: "from . import TASKS"}
+    assert circle(through_package)
+    assert not circle(
+        {"longstride.data.__init__": "from .tasks import TASKS", below: "from . import corpus", above: ""}
+    )
 
 
 def test_packages_in_pyproject_match_the_folders() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import field_validator
 
 from ..data.credentials import refuse_credentials
-from ..data.storage import StoreUnavailable
+from ..data.errors import StoreUnavailable
 from .configuration import Settings
 from .metrics import MetricsLog
 from .storage import Storage

@@ -19,7 +19,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from ..data.credentials import mask_credentials
-from ..data.storage import StoreUnavailable, is_unreachable, one_line, open_filesystem
+from ..data.errors import StoreUnavailable
+from ..data.storage import is_unreachable, one_line, open_filesystem
 
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"})
 

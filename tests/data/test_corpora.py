@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longstride.data import ByteTokenizer, Corpus, CorpusError, DnaTokenizer, SequenceLoader, embedded
+from longstride.data import ByteTokenizer, CorpusError, DnaTokenizer, SequenceLoader, embedded, open_corpus
 from longstride.data.embedded import Ecoli, PythonSource
 
 
@@ -93,7 +93,7 @@ def test_a_file_cut_short_or_gone_is_named(library):
 
 
 def test_the_interpreters_own_library():
-    corpus = Corpus.open("python-source")
+    corpus = open_corpus("python-source")
     train, held_out = corpus.num_tokens("train"), corpus.num_tokens("validation")
     assert train > 3_000_000
     assert 0.01 < held_out / train < 0.15
@@ -105,7 +105,7 @@ def test_the_interpreters_own_library():
 
 
 def test_the_chromosome():
-    corpus = Corpus.open("ecoli")
+    corpus = open_corpus("ecoli")
     tokens = np.concatenate([corpus.read(split, 0, corpus.num_tokens(split)) for split in ("train", "validation")])
     lines = gzip.decompress(Path(embedded.__file__).with_name("NC_008253.fna.gz").read_bytes()).decode().splitlines()
     assert len(tokens) == 4_938_920
@@ -119,9 +119,9 @@ def test_the_chromosome():
 
 def test_an_unknown_corpus_names_the_nearest():
     with pytest.raises(CorpusError, match="unknown corpus 'pyton-source': did you mean 'python-source'"):
-        Corpus.open("pyton-source")
+        open_corpus("pyton-source")
     with pytest.raises(CorpusError, match=r"unknown corpus 'qqq': take .*ecoli, .*python-source, .*or the path"):
-        Corpus.open("qqq")
+        open_corpus("qqq")
 
 
 def test_bytes_there_and_back():

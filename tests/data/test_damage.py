@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longstride.data import Corpus, CorpusError, DataConfig, SequenceLoader, ShardedCorpus, prepare
+from longstride.data import CorpusError, DataConfig, SequenceLoader, ShardedCorpus, open_corpus, prepare
 from longstride.data.blocks import CheckedFile, block_checksums
 from longstride.workers.run_directory import RunDirectory
 
@@ -106,17 +106,17 @@ def test_one_flipped_bit_stops_the_read_of_its_block(prepared, block):
 
 
 def test_a_corpus_without_blocks_is_read_and_that_said_once(jsonl, prepared, caplog):
-    before, fingerprint = stream(Corpus.open(prepared), "train"), Corpus.open(prepared).fingerprint()
+    before, fingerprint = stream(open_corpus(prepared), "train"), open_corpus(prepared).fingerprint()
     with_blocks_of(prepared, None)
     for _ in range(2):
-        corpus = Corpus.open(prepared)
+        corpus = open_corpus(prepared)
         assert np.array_equal(stream(corpus, "train"), before)
         assert corpus.fingerprint() == fingerprint, "a run goes on with it"
     assert caplog.text.count("has no checksums of its blocks") == 1
     prepare(jsonl, prepared, part_bytes=2000)
     assert not list(Path(prepared).glob("*.blocks")), "finished, and not overwritten unasked"
     prepare(jsonl, prepared, part_bytes=2000, overwrite=True)
-    assert ShardedCorpus(prepared).index.shards[0].blocks_sha256 and Corpus.open(prepared).fingerprint() == fingerprint
+    assert ShardedCorpus(prepared).index.shards[0].blocks_sha256 and open_corpus(prepared).fingerprint() == fingerprint
     assert caplog.text.count("has no checksums of its blocks") == 1
 
 
@@ -156,17 +156,17 @@ def test_tokens_beyond_the_vocabulary_are_corruption(tmp_path):
     path = tmp_path / "out" / "train-00000.tokens"
     path.write_bytes(b"\x77" * path.stat().st_size)
     with pytest.raises(CorpusError, match="train-00000 is corrupted: token 119 is beyond its vocabulary"):
-        stream(Corpus.open(str(tmp_path / "out"), verify="size"), "train")
+        stream(open_corpus(str(tmp_path / "out"), verify="size"), "train")
 
 
 def test_an_index_cannot_lead_out_of_its_folder(prepared):
     path = Path(prepared) / "index.json"
     path.write_text(path.read_text().replace("train-00001", "../../etc/passwd"))
     with pytest.raises(CorpusError, match=r"index.json is damaged: splits.train.1.name"):
-        Corpus.open(prepared)
+        open_corpus(prepared)
     path.write_text("{")
     with pytest.raises(CorpusError, match=r"index\.json is damaged") as caught:
-        Corpus.open(prepared)
+        open_corpus(prepared)
     assert "\n" not in str(caught.value)
 
 

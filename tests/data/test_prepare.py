@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from longstride.data import Corpus, CorpusError, DataConfig, SequenceLoader, ShardedCorpus, prepare
+from longstride.data import CorpusError, DataConfig, SequenceLoader, ShardedCorpus, open_corpus, prepare
 from longstride.data import parts as parts_module
 from longstride.data.sources import cut, documents, expand
 
@@ -69,7 +69,7 @@ def write_parquet(tmp_path):
 def test_every_document_is_there_once_whole_and_in_one_split(tmp_path, write, part_bytes):
     source, expected = write(tmp_path)
     made = prepare(source, str(tmp_path / "out"), part_bytes=part_bytes, validation=0.2)
-    corpus = Corpus.open(str(tmp_path / "out"))
+    corpus = open_corpus(str(tmp_path / "out"))
     found = texts(corpus)
     assert sorted(found["train"] + found["validation"]) == sorted(expected)
     assert 0.05 < len(found["validation"]) / len(expected) < 0.4
@@ -101,7 +101,7 @@ def test_fasta_holds_out_the_tail_of_every_record(tmp_path):
     )
     (tmp_path / "genome.fna.gz").write_bytes(gzip.compress(lines.encode()))
     prepare(str(tmp_path / "genome.fna.gz"), str(tmp_path / "out"), tokenizer="dna", validation=0.1)
-    found = texts(Corpus.open(str(tmp_path / "out")))
+    found = texts(open_corpus(str(tmp_path / "out")))
     assert found["train"] == [records["one"][:450], records["two"][:180].upper()]
     assert found["validation"] == [records["one"][450:], records["two"][180:].upper()]
 
@@ -162,7 +162,7 @@ def test_interruptions_and_workers_leave_the_same_bytes(jsonl, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         prepare(jsonl, str(out), workers=1, **options)
     with pytest.raises(CorpusError, match="is not a prepared corpus"):
-        Corpus.open(str(out))
+        open_corpus(str(out))
     (out / f"train-{made[0]:05d}.tokens").write_bytes(b"torn")  # a finished part that was damaged since
     (out / "parts" / f"{made[1]:05d}.json").write_text("{")  # a record that was torn
     again, progress = [], []
@@ -198,7 +198,7 @@ def test_another_preparation_is_not_overwritten_unasked(jsonl, prepared, tmp_pat
 
 def test_a_mixture_of_prepared_and_embedded_corpora(prepared):
     corpus = DataConfig(corpus={"python-source": 3, prepared: 1}).open()
-    parts = [Corpus.open("python-source"), Corpus.open(prepared)]
+    parts = [open_corpus("python-source"), open_corpus(prepared)]
     border = parts[0].num_tokens("train")
     assert np.array_equal(
         corpus.read("train", border - 50, border + 50),
@@ -220,7 +220,7 @@ def test_a_mixture_of_prepared_and_embedded_corpora(prepared):
         ({}, "the mixture is empty"),
     ):
         with pytest.raises(CorpusError, match=message):
-            Corpus.open(weights)
+            open_corpus(weights)
     with pytest.raises(CorpusError, match=r"data.context 20000 is longer than the train split of '.*out'"):
         SequenceLoader(corpus, 20_000, 1, seed=0)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from botocore.exceptions import NoCredentialsError
 
-from longstride.data import Corpus, CorpusError, SequenceLoader, StoreUnavailable, prepare
+from longstride.data import CorpusError, SequenceLoader, StoreUnavailable, open_corpus, prepare
 from longstride.data.storage import Folder, explained, patiently
 
 from ..faults.conftest import SECRET
@@ -41,7 +41,7 @@ def stream(corpus):
 def test_the_same_corpus_as_on_disk(raw, tmp_path, monkeypatch):
     prepare(f"{raw}/*.jsonl", "s3://bucket/plain", part_bytes=20_000)
     prepare(raw, str(tmp_path / "out"), part_bytes=20_000)
-    remote, local = Corpus.open("s3://bucket/plain"), Corpus.open(str(tmp_path / "out"))
+    remote, local = open_corpus("s3://bucket/plain"), open_corpus(str(tmp_path / "out"))
     assert remote.fingerprint() == local.fingerprint()
     assert np.array_equal(stream(remote), stream(local))
     assert SECRET not in remote.index.model_dump_json()  # pyright: ignore[reportAttributeAccessIssue]
@@ -67,9 +67,9 @@ def test_a_missing_object_or_bucket_is_named(raw):
     prepare(f"{raw}/*.jsonl", "s3://bucket/holed", part_bytes=20_000)
     fsspec.filesystem("s3").rm_file("bucket/holed/train-00002.tokens")
     with pytest.raises(CorpusError, match=r"shard s3://bucket/holed/train-00002 is missing"):
-        Corpus.open("s3://bucket/holed")
+        open_corpus("s3://bucket/holed")
     with pytest.raises(CorpusError, match=r"s3://nobucket/x is not a prepared corpus"):
-        Corpus.open("s3://nobucket/x")
+        open_corpus("s3://nobucket/x")
 
 
 def test_patience_has_an_end(caplog):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from longstride.data import Corpus, SubwordTokenizer, prepare
+from longstride.data import SubwordTokenizer, open_corpus, prepare
 from longstride.data.subwords import END_OF_TEXT, train_bpe
 
 TEXT = "The year 2024 had 366 days; 1999 had 365. naïve café €5 😀\n\n  def f(x1):\n\treturn x1 + 10\n"
@@ -60,7 +60,7 @@ def test_any_tokenizer_json(bpe, tmp_path):
     made = prepare(
         str(tmp_path / "a.txt"), out, tokenizer=str(tmp_path / "other.json"), separator="<end>", validation=0.2
     )
-    corpus = Corpus.open(out)
+    corpus = open_corpus(out)
     assert made.vocab_size == corpus.vocab_size == bpe.vocab_size
     tokens = [corpus.read(split, 0, corpus.num_tokens(split)) for split in ("train", "validation")]
     assert corpus.decode(tokens[0][:-1]) + corpus.decode(tokens[1][:-1]) == TEXT * 50
@@ -68,7 +68,7 @@ def test_any_tokenizer_json(bpe, tmp_path):
     assert Path(out, "tokenizer.json").read_text() == content
     Path(out, "tokenizer.json").write_text(content.replace("0", "1", 1))
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
-        Corpus.open(out)
+        open_corpus(out)
 
 
 def test_bpe_trained_by_prepare_sees_no_held_out_text(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from longstride.data import TASKS, Batch, BatchLoader, Corpus, CorpusError, DataConfig, Task
+from longstride.data import TASKS, Batch, BatchLoader, CorpusError, DataConfig, Task, open_corpus
 from longstride.data.draws import Draws
 from longstride.data.tasks import Example
 
@@ -255,9 +255,9 @@ def test_lengths_without_examples_are_one_line(name: str, context: int, options:
 
 def test_tasks_are_not_mixed_and_near_names_are_found() -> None:
     with pytest.raises(CorpusError, match="'mqar' is a task and no text to mix"):
-        Corpus.open({"mqar": 0.5, "python-source": 0.5})
+        open_corpus({"mqar": 0.5, "python-source": 0.5})
     with pytest.raises(CorpusError, match="did you mean 'induction-heads'"):
-        Corpus.open("induction-head")
+        open_corpus("induction-head")
 
 
 def test_the_streams_stay_what_they_are() -> None:

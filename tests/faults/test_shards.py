@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longstride.data import Corpus, SequenceLoader, StoreUnavailable, object_store, prepare
+from longstride.data import Corpus, SequenceLoader, StoreUnavailable, object_store, open_corpus, prepare
 from longstride.data import storage as data_storage
 
 from .conftest import forget_connections
@@ -33,7 +33,7 @@ def local(store: FaultProxy, tmp_path: Path) -> Corpus:
     (tmp_path / "a.jsonl").write_text(lines)
     fsspec.filesystem("s3").pipe_file("bucket/raw/a.jsonl", lines.encode())
     prepare(f"{tmp_path}/a.jsonl", str(tmp_path / "out"), part_bytes=20_000)
-    return Corpus.open(str(tmp_path / "out"))
+    return open_corpus(str(tmp_path / "out"))
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def remote(store: FaultProxy, local: Corpus) -> Corpus:
     source, target = fsspec.filesystem("file"), fsspec.filesystem("s3")
     for name in source.find(local.name):
         target.pipe_file(f"bucket/corpus/{Path(name).name}", source.cat_file(name))
-    return Corpus.open("s3://bucket/corpus")
+    return open_corpus("s3://bucket/corpus")
 
 
 def batches(corpus: Corpus, number: int = 6) -> list[Tensor]:
@@ -59,7 +59,7 @@ def test_the_tokens_are_the_same_whatever_the_store_does(store: FaultProxy, loca
     prepare("s3://bucket/raw/*.jsonl", "s3://bucket/corpus", part_bytes=20_000)
     assert store.faults > 0
     store.heal()
-    corpus = Corpus.open("s3://bucket/corpus", verify="checksum")
+    corpus = open_corpus("s3://bucket/corpus", verify="checksum")
     assert corpus.fingerprint() == local.fingerprint()
     store.faults = 0
     FAULTS[fault](store)

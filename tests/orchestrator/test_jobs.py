@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from longstride.data import Corpus
+from longstride.data import open_corpus
 from longstride.orchestrator.cli import main
 from longstride.orchestrator.job_commands import with_absolute_corpus
 from longstride.orchestrator.jobs import job_environment, pack
@@ -107,7 +107,7 @@ def test_prepare_and_train_on_it(place: Path, capsys: pytest.CaptureFixture[str]
     captured = capsys.readouterr()
     assert captured.out.startswith("prepared corpus: ")
     assert captured.out.endswith("train on it: data.corpus=corpus model.vocab_size=256\n")
-    corpus = Corpus.open("corpus")
+    corpus = open_corpus("corpus")
     assert corpus.num_tokens("train") > 3 * corpus.num_tokens("validation") > 0
 
     assert main(["train", "small.yaml", "data.corpus=corpus"]) == 0

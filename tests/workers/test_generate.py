@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longstride.data import Corpus
+from longstride.data import open_corpus
 from longstride.models import build_model
 from longstride.parallel import Mesh, SequenceShard
 from longstride.workers import ConfigError, generate
@@ -72,7 +72,7 @@ def test_the_seed_decides() -> None:
 
 
 def test_prompts() -> None:
-    corpus = Corpus.open("python-source")
+    corpus = open_corpus("python-source")
     assert bytes(prompt_tokens(corpus, "def é")) == "def é".encode()
     held_out = prompt_tokens(corpus, None)
     assert held_out == corpus.read("validation", 0, 32).tolist()

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from longstride.data import Corpus
+from longstride.data import open_corpus
 from longstride.data.subwords import train_bpe
 from longstride.models import build_model
 from longstride.models.interchange import load_pretrained, save_pretrained
@@ -70,7 +70,7 @@ def test_a_tokenizer_travels_with_its_model(mamba: Path, tmp_path: Path) -> None
     tokenizer = train_bpe(iter(["def f(x): return x + 1"] * 4), 257)
     (mamba / "tokenizer.json").write_text(tokenizer.content)
     run = imported(mamba, tmp_path / "run")
-    corpus = Corpus.open("python-source")
+    corpus = open_corpus("python-source")
     assert run_tokenizer(run, corpus).name == tokenizer.name != corpus.tokenizer.name
     export_run(run, imported_experiment(str(mamba), run.url, SMALL), str(tmp_path / "out"), "mamba")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == tokenizer.content
