@@ -4,7 +4,7 @@ from .build import build_model
 from .config import ConfigError, ModelConfig, one_line
 from .distillation import Distilled, distil
 from .dropout import DropoutKey
-from .language_model import LanguageModel, Losses
+from .language_model import LanguageModel, Losses, Part
 from .parameters import initialise, kept_in_float32, weight_decayed
 from .plan import PlanError
 from .presets import list_presets, load_preset
@@ -16,6 +16,7 @@ __all__ = [
     "LanguageModel",
     "Losses",
     "ModelConfig",
+    "Part",
     "PlanError",
     "build_model",
     "distil",

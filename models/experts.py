@@ -33,6 +33,7 @@ from .feed_forward import FeedForward, FeedForwardOptions
 from .mixers.base import LayerPlace, linear_flops
 from .mlp import MLPOptions, default_hidden
 from .parameters import Linear, ParameterModule, at_least_float32, constant, normal
+from .step_sums import StepSum
 
 
 class ExpertsOptions(FeedForwardOptions):
@@ -99,7 +100,7 @@ class MixtureOfExperts(FeedForward):
         self.shared = MLPOptions(hidden=hidden).build(place) if hidden else None
         biased = options.balance == "bias"
         self.selection_bias = self.buffer("selection_bias", (options.experts,), constant(0.0)) if biased else None
-        self._load: tuple[Tensor, SequenceShard] | None = None
+        self._loads = StepSum()
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> tuple[Tensor, Tensor | None]:
         x_ND = x_BTD.flatten(0, 1)
@@ -114,9 +115,8 @@ class MixtureOfExperts(FeedForward):
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, shard)[0]
         load_E = torch.bincount(expert_NJ.flatten(), minlength=self.options.experts)
-        if self.selection_bias is not None and self.training and torch.is_grad_enabled():
-            # replaced, not added to: a forward pass that is computed again counts once
-            self._load = load_E, shard
+        if self.selection_bias is not None:
+            self._loads.add(load_E, self, y_BTD, shard)
         return y_BTD, self.losses(logits_NE, probability_NE, load_E, shard)
 
     def choose(self, probability_NE: Tensor) -> Tensor:
@@ -143,13 +143,11 @@ class MixtureOfExperts(FeedForward):
         return balance_weight * balance + options.z_loss * squared_partition / tokens
 
     def end_step(self) -> None:
-        """Move the bias by the loads of the last forward pass in training, on whatever process."""
-        if self._load is None or self.selection_bias is None:
+        """Move the bias by the loads of the step, on whatever process."""
+        load_E = self._loads.take()
+        if load_E is None or self.selection_bias is None:
             return
-        load_E, shard = self._load
-        self._load = None
         with torch.no_grad():
-            load_E = global_sum(load_E, shard)
             # in whole numbers, so that no rounding decides a sign
             below_mean_E = torch.sign(load_E.sum() - load_E * len(load_E))
             self.selection_bias += self.options.bias_speed * below_mean_E.to(self.selection_bias.dtype)

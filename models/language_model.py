@@ -42,6 +42,18 @@ class Losses(NamedTuple):
     routers: Tensor
 
 
+class Part(NamedTuple):
+    """A part of a step that is computed in several, whose losses and gradients add up to the step's.
+
+    Attributes:
+        share: of the step's sequences.
+        num_targets: valid ones of the whole step, on all processes.
+    """
+
+    share: float
+    num_targets: int
+
+
 class Scores(NamedTuple):
     """Of each of this shard's tokens, (B, T): `loss_BT`, nats, 0 where nothing is asked for; `correct_BT`, whether the
     likeliest token is the target."""
@@ -70,6 +82,7 @@ class LanguageModel(nn.Module):
         targets_BT: Tensor,
         shard: SequenceShard | None = None,
         dropout_key: DropoutKey | None = None,
+        part: Part | None = None,
     ) -> Losses:
         """The losses of a step.
 
@@ -78,11 +91,13 @@ class LanguageModel(nn.Module):
             targets_BT: int64 ids that should follow each; -100 where there is nothing to predict.
             dropout_key: of a training step: what the config's `embedding_dropout` drops, and the noise that layers
                 draw; without it there is neither.
+            part: what these tokens are of the step; None: all of it. A router's loss that is no mean over tokens is one
+                over parts.
 
         Raises:
             ValueError: tokens that are not what the shard says.
         """
-        return self._losses(tokens_BT, targets_BT, self._shard(tokens_BT, shard), dropout_key)
+        return self._losses(tokens_BT, targets_BT, self._shard(tokens_BT, shard), dropout_key, part)
 
     def loss(
         self,
@@ -96,20 +111,28 @@ class LanguageModel(nn.Module):
         return self._losses(tokens_BT, targets_BT, self._shard(tokens_BT, shard), dropout_key).total
 
     def _losses(
-        self, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard, dropout_key: DropoutKey | None
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        shard: SequenceShard,
+        dropout_key: DropoutKey | None,
+        part: Part | None = None,
     ) -> Losses:
         hidden_BTD, routers = self._hidden(tokens_BT, shard, dropout_key)
-        valid = (targets_BT != IGNORED).sum().to(torch.float64)
         summed = linear_cross_entropy(
             hidden_BTD.flatten(0, 1), self.output_weight, targets_BT.flatten(), ignore_index=IGNORED
         )
-        cross_entropy = global_sum(summed, shard) / global_sum(valid, shard).clamp(min=1).to(summed.dtype)
+        if part is None:
+            valid = global_sum((targets_BT != IGNORED).sum().to(torch.float64), shard).clamp(min=1).to(summed.dtype)
+        else:
+            valid, routers = max(1, part.num_targets), routers * part.share
+        cross_entropy = global_sum(summed, shard) / valid
         total = cross_entropy + routers
         if self.config.logit_pull:
             largest_N = largest_logits(hidden_BTD.flatten(0, 1), self.output_weight)
-            count = valid.new_tensor(float(largest_N.numel()))
+            count = largest_N.new_tensor(largest_N.numel(), dtype=torch.float64)
             mean_square = global_sum(largest_N.square().sum(), shard) / global_sum(count, shard).to(largest_N.dtype)
-            total = total + 0.5 * self.config.logit_pull * mean_square
+            total = total + 0.5 * self.config.logit_pull * mean_square * (1.0 if part is None else part.share)
         return Losses(total, cross_entropy, routers)
 
     def logits(self, tokens_BT: Tensor, shard: SequenceShard | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from ..models import LanguageModel, build_model, kept_in_float32
 from ..models.block import Block
 from ..parallel import Degrees, Link
 from ..workers import Experiment
-from .rehearsal import PER_STEP, SUMS, Rehearsal
+from .rehearsal import PER_PASS, SUMS, Rehearsal
 
 # Of the matrix of logits, `linear_cross_entropy` holds so many rows.
 LOGIT_ROWS = 1024
@@ -35,7 +35,7 @@ class Forecast:
 
     Attributes:
         flops: of a step, all processes together.
-        sequences: that a process holds a part of at once.
+        sequences: of a step that a process holds a part of; `at_once`: of which it computes so many together.
         memory: bytes by what they are for; those of the process that holds most.
         sent: bytes of a step by motion, of the process that sends most.
     """
@@ -44,6 +44,7 @@ class Forecast:
     degrees: Degrees
     flops: float
     sequences: int
+    at_once: int
     memory: dict[str, int]
     sent: Counter[str]
 
@@ -65,20 +66,23 @@ def forecast(experiment: Experiment, device: str) -> Iterator[Forecast]:
         degrees = now.degrees
         cost = rehearsal.cost(stage.context, degrees, now.parallel.strategies)
         sequences = stage.batch // (degrees.replicate * degrees.data)
-        scaled = {motion: count * (1 if motion in PER_STEP else sequences) for motion, count in cost.sent.items()}
-        sent = Counter(scaled)
-        tokens = stage.context // degrees.sequence * sequences
+        at_once = sequences // train.accumulate
+        sent = Counter(cost.sent_after)
+        for motion, bytes_sent in cost.sent.items():
+            sent[motion] += bytes_sent * (train.accumulate if motion in PER_PASS else sequences)
+        tokens = stage.context // degrees.sequence * at_once
         memory, traffic = _parameters(model, now, degrees)
-        sent.update(traffic)
+        sent.update({motion: count * train.accumulate for motion, count in traffic.items()})
         if degrees.workers > 1:
-            # the summed loss, and the number of targets
-            sent[SUMS] += max(rehearsal.dtype.itemsize, torch.float32.itemsize) + torch.float64.itemsize
+            # the summed loss of every part, and the number of targets where it is counted
+            sent[SUMS] += max(rehearsal.dtype.itemsize, torch.float32.itemsize) * train.accumulate
+            sent[SUMS] += torch.float64.itemsize if train.accumulate == 1 else 0
         width = tokens * experiment.model.width * rehearsal.dtype.itemsize
-        kept = [count * sequences for count in cost.kept.values()]
+        kept = [count * at_once for count in cost.kept.values()]
         memory["activations"] = width * len(kept) + max(kept) if experiment.model.recompute else sum(kept)
         memory["loss"] = _loss(model, tokens, rehearsal.dtype)
         flops = passes * model.flops_per_token(stage.context) * stage.context * stage.batch
-        yield Forecast(stage, degrees, flops, sequences, memory, +sent)
+        yield Forecast(stage, degrees, flops, sequences, at_once, memory, +sent)
 
 
 def _loss(model: LanguageModel, tokens: int, dtype: torch.dtype) -> int:

@@ -88,8 +88,9 @@ def _problem(experiment: Experiment, stages: list[Forecast], limit: int) -> str 
 
 
 def _remedy(experiment: Experiment, found: Forecast, part: str) -> str:
-    if part in ("activations", "loss") and found.sequences > 1:
-        return f"set data.batch={experiment.data.batch // 2 or 1}, or more workers"
+    if part in ("activations", "loss") and found.at_once > 1:
+        more = next(n for n in range(2, found.at_once + 1) if found.at_once % n == 0)
+        return f"set train.accumulate={experiment.train.accumulate * more}, or more workers"
     if part == "activations" and not experiment.model.recompute:
         return "set model.recompute=true, or a larger parallel.sequence with more workers"
     if part in ("activations", "loss"):

@@ -31,8 +31,8 @@ from ..parallel.groups import VirtualGroup
 # Shards no longer than this are run as they are; longer ones are carried on from two lengths of this order.
 SHORT = 128
 SUMS, COUNTS, EXPERTS = "global_sum", "experts.counts", "experts"
-# What a step sends once, however many sequences it has.
-PER_STEP = {SUMS, COUNTS}
+# What is sent once for all sequences that are computed together.
+PER_PASS = {SUMS, COUNTS}
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ class Cost:
 
     Attributes:
         sent: bytes by motion, directions together, of the member of the sequence group that sends most; those of
-            PER_STEP are for any number of sequences.
+            PER_PASS are for any number of sequences.
+        sent_after: likewise what is sent when a step ends, however it was computed.
         kept: bytes that each layer keeps for its backward pass, by the layer's label.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
+    sent_after: Counter[str] = field(default_factory=Counter)
     kept: Counter[str] = field(default_factory=Counter)
 
 
@@ -116,7 +118,7 @@ class Rehearsal:
             costs = [self._run(length, rank, degrees, strategies) for rank in middle]
             self._known[length, degrees, strategies] = max(costs, key=lambda cost: cost.sent.total())
         known = self._known[length, degrees, strategies]
-        return Cost(known.sent.copy(), known.kept.copy())
+        return Cost(known.sent.copy(), known.sent_after.copy(), known.kept.copy())
 
     def _run(self, length: int, rank: int, degrees: Degrees, strategies: Strategies) -> Cost:
         ledger = CommunicationLedger()
@@ -129,6 +131,7 @@ class Rehearsal:
         )
         shard = replace(shard, link=self.link)
         sent: dict[int, Counter[str]] = {}
+        sent_after: dict[int, Counter[str]] = {}
         kept: dict[int, int] = {}
         shared: Shared = {}
         for index, block in self._blocks.items():
@@ -140,15 +143,15 @@ class Rehearsal:
             ledger.reset()
             y_BTD, loss, added = block(x_BTD, shard, shared)
             (y_BTD.float().sum() + loss).backward()
+            sent[index] = _bytes_sent(ledger)
             block.end_step()
+            sent_after[index] = _bytes_sent(ledger)
             block.zero_grad()
             shared = {**shared, **{name: value.detach() for name, value in added.items()}}
-            sent[index] = Counter()
-            for row in ledger.rows():
-                sent[index][motion_family(row.motion)] += row.bytes_sent
         cost = Cost()
         for label, index in zip(self.labels, self._like, strict=True):
             cost.sent.update(sent[index])
+            cost.sent_after.update(sent_after[index])
             cost.kept[label] = kept[index]
         return cost
 
@@ -230,6 +233,15 @@ def _on_cpu(block: Block, compute_dtype: torch.dtype | None) -> Block:
     return block
 
 
+def _bytes_sent(ledger: CommunicationLedger) -> Counter[str]:
+    """By motion, since the last call."""
+    sent: Counter[str] = Counter()
+    for row in ledger.rows():
+        sent[motion_family(row.motion)] += row.bytes_sent
+    ledger.reset()
+    return sent
+
+
 def _carry_on(first: Cost, second: Cost, factor: float) -> Cost:
     """The straight line through both: `first` where `factor` is 0, `second` where it is 1."""
 
@@ -238,5 +250,6 @@ def _carry_on(first: Cost, second: Cost, factor: float) -> Cost:
 
     return Cost(
         Counter({key: line(first.sent[key], second.sent[key]) for key in first.sent | second.sent}),
+        second.sent_after,
         Counter({key: line(first.kept[key], second.kept[key]) for key in second.kept}),
     )

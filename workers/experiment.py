@@ -140,9 +140,9 @@ class Experiment(Settings):
         As many as the batch allows; the sequence degree takes the rest. A process holds the same number of tokens in
         every stage, so whole sequences cost no more memory than parts of them, and exchange nothing.
         """
-        processes, copies = self.workers // self.parallel.replicate, self.parallel.replicate
+        processes, rows = self.workers // self.parallel.replicate, self.parallel.replicate * self.train.accumulate
         most = 1 if self.train.canonical else processes
-        return max(n for n in range(1, max(1, most) + 1) if n == 1 or not (processes % n or batch % (n * copies)))
+        return max(n for n in range(1, max(1, most) + 1) if n == 1 or not (processes % n or batch % (n * rows)))
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
@@ -170,12 +170,13 @@ class Experiment(Settings):
                 f"data.context={context} does not divide over parallel.sequence={degrees.sequence}; "
                 f"the nearest that does is data.context={' or '.join(choices)}"
             )
-        copies = degrees.data * degrees.replicate
-        above = -(-batch // copies) * copies
-        if batch % copies:
+        copies, parts = degrees.data * degrees.replicate, self.train.accumulate
+        above = -(-batch // (copies * parts)) * copies * parts
+        if batch % (copies * parts):
+            in_parts = f" in train.accumulate={parts} parts" if parts > 1 else ""
             raise ConfigError(
                 f"data.batch={batch} does not divide over {copies} groups of processes (parallel.data="
-                f"{degrees.data} x parallel.replicate={degrees.replicate}); set data.batch={above}"
+                f"{degrees.data} x parallel.replicate={degrees.replicate}){in_parts}; set data.batch={above}"
             )
         self._check_canonical(degrees)
 

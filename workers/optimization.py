@@ -1,8 +1,8 @@
 """How parameters are updated: AdamW, which parameters decay, and the learning rate over time.
 
-Learning rate: linear warm-up, then half a cosine down to `learning_rate * final_fraction` (Loshchilov & Hutter
-2017, as in every recipe of models.md section 13). The rate is a function of the step alone, so a resumed run
-needs no schedule state.
+Learning rate: linear warm-up, if asked for a constant stretch (warm-up, stable, decay: Hu and others, arXiv
+2404.06395), then half a cosine (Loshchilov & Hutter, arXiv 1608.03983) or a line down to `learning_rate *
+final_fraction`. The rate is a function of the step alone, so a resumed run needs no schedule state.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ class TrainConfig(Settings):
         learning_rate: at the end of the warm-up.
         final_fraction: the last step's learning rate as a share of `learning_rate`.
         warmup: steps of linear warm-up.
+        stable: steps after it at `learning_rate`.
+        decay: the shape of the way down.
         weight_decay: AdamW's, on the parameters that declare it: matrices, not norms, biases or state-space parameters.
         betas: AdamW's moment decays.
         epsilon: AdamW's.
         clip: largest global gradient norm; 0 means no clipping.
+        accumulate: parts, of as many sequences each, in which a process computes its sequences of a step one after the
+            other: the same step in less memory, with every message sent for each part.
         validate_every: steps between validations; 0 means only at the end.
         canonical: tiles into which every sequence is cut so that losses and gradients are bitwise the same for every
             sequence degree that divides them (parallel/canonical.py; slower, parameters whole everywhere); 0: off.
@@ -45,10 +49,13 @@ class TrainConfig(Settings):
     learning_rate: float = Field(default=1e-3, gt=0)
     final_fraction: float = Field(default=0.1, ge=0, le=1)
     warmup: int = Field(default=0, ge=0)
+    stable: int = Field(default=0, ge=0)
+    decay: Literal["cosine", "linear"] = "cosine"
     weight_decay: float = Field(default=0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = Field(default=1e-8, gt=0)
     clip: float = Field(default=1.0, ge=0)
+    accumulate: int = Field(default=1, ge=1)
     validate_every: int = Field(default=0, ge=0)
     canonical: int = Field(default=0, ge=0)
 
@@ -57,6 +64,11 @@ class TrainConfig(Settings):
         if self.warmup >= self.steps and self.warmup > 0:
             raise ValueError(
                 f"train.warmup={self.warmup} leaves nothing of train.steps={self.steps}; warm up for fewer steps"
+            )
+        if self.stable and self.warmup + self.stable > self.steps:
+            raise ValueError(
+                f"train.stable={self.stable} after train.warmup={self.warmup} is more than train.steps={self.steps}; "
+                f"set train.stable={self.steps - self.warmup} or less"
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas={list(self.betas)}: both must lie in [0, 1)")
@@ -77,10 +89,10 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of step `step`, counted from 1."""
     if step <= config.warmup:
         return config.learning_rate * step / config.warmup
-    remaining = max(1, config.steps - config.warmup)
-    progress = min(1.0, (step - config.warmup) / remaining)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * cosine)
+    before = config.warmup + config.stable
+    progress = min(1.0, max(0, step - before) / max(1, config.steps - before))
+    above = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * above)
 
 
 class ShardedAdamW:

@@ -6,10 +6,11 @@ not depend on the number of processes (`train.canonical`), every process has the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..data import Batch
-from ..models import DropoutKey, Losses, build_model
+from ..models import DropoutKey, Losses, Part, build_model
 from ..parallel import CanonicalModel, CommunicationLedger, Mesh, SequenceShard, clip_gradients
 from .experiment import Experiment
 from .sharded_model import make_sharded_model
@@ -39,25 +40,33 @@ class SplitModel:
 
         `step`: made so far; it decides what is dropped out.
         """
-        tokens_BT, targets_BT = (tensor.to(self.mesh.device) for tensor in (batch.tokens_BT, batch.targets_BT))
-        context = self.experiment.data.context
-        first_row = self.mesh.data_rank * len(tokens_BT)
+        parts = self.experiment.train.accumulate
+        part = Part(1 / parts, batch.num_targets) if parts > 1 else None
+        rows = len(batch.tokens_BT) // parts
+        starts = range(0, len(batch.tokens_BT), rows)
+        losses = [self._part(batch, slice(row, row + rows), part, step, backward=backward) for row in starts]
+        if backward and self.canonical is not None:
+            self.canonical.collect_gradients()
+        return Losses(*(torch.stack(each).sum() for each in zip(*losses, strict=True)))
+
+    def _part(self, batch: Batch, rows: slice, part: Part | None, step: int, *, backward: bool) -> Losses:
+        """Of some rows of the batch, without a graph."""
+        tokens_BT, targets_BT = (x[rows].to(self.mesh.device) for x in (batch.tokens_BT, batch.targets_BT))
+        context, documents = self.experiment.data.context, batch.document_starts[rows]
+        first_row = self.mesh.data_rank * len(batch.tokens_BT) + rows.start
         dropout_key = DropoutKey(self.experiment.seed, step, first_row) if backward else None
 
         def compute(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor, shard: SequenceShard) -> Losses:
-            losses = model(tokens_BT, targets_BT, shard, dropout_key)
+            losses = model(tokens_BT, targets_BT, shard, dropout_key, part)
             if backward:
                 losses.total.backward()
-            return losses
+            return Losses(*(each.detach() for each in losses))
 
-        if self.canonical is None:
-            shard = self.mesh.shard(context, batch.document_starts, self.ledger, checked=not self._compared)
-            self._compared = True
-            return compute(self.module, tokens_BT, targets_BT, shard)
-        losses = self.canonical.run(compute, tokens_BT, targets_BT, context, batch.document_starts, self.ledger)
-        if backward:
-            self.canonical.collect_gradients()
-        return losses
+        if self.canonical is not None:
+            return self.canonical.run(compute, tokens_BT, targets_BT, context, documents, self.ledger)
+        shard = self.mesh.shard(context, documents, self.ledger, checked=not self._compared)
+        self._compared = True
+        return compute(self.module, tokens_BT, targets_BT, shard)
 
     def clip(self, most: float) -> float:
         """Scales the gradients down to the norm `most` if that is above 0; the norm they had, over all processes."""

@@ -27,8 +27,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...parallel import SequenceShard, global_sum
+from ...parallel import SequenceShard
 from ..parameters import Linear, constant, normal
+from ..step_sums import StepSum
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
 from .conba_exact import ExactConba
 from .conba_linear import LinearConba
@@ -80,16 +81,16 @@ class ReleasedConba(Mamba):
         self.delayed_state = Linear(width, width, init, bias=True)
         self.control_gain = self.buffer("control_gain", (width, width), constant(0.0))
         self.online_rate = options.online_rate if options.gain == "reduce" else -options.online_rate
-        self._errors: tuple[Tensor, SequenceShard] | None = None
+        self._errors = StepSum()
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
         e_BTD = self.observe(super().forward(x_BTD, shard))
+        y_BTD = self.control(e_BTD)
         if self.training and torch.is_grad_enabled() and self.online_rate:
             e_ND = e_BTD.detach().flatten(0, 1).to(self.control_gain.dtype)
             count = e_ND.new_tensor([len(e_ND)])
-            # replaced, not added to: a forward pass that is computed again counts once
-            self._errors = torch.cat([(e_ND.t() @ e_ND).flatten(), count]), shard
-        return self.control(e_BTD)
+            self._errors.add(torch.cat([(e_ND.t() @ e_ND).flatten(), count]), self, y_BTD, shard)
+        return y_BTD
 
     def observe(self, s_BTD: Tensor) -> Tensor:
         """e"""
@@ -101,13 +102,12 @@ class ReleasedConba(Mamba):
         return e_BTD - e_BTD @ self.control_gain.t().to(e_BTD.dtype)
 
     def end_step(self) -> None:
-        """Move K by what the last forward pass in training saw, on whatever process."""
-        if self._errors is None:
+        """Move K by what the step saw, on whatever process."""
+        sums = self._errors.take()
+        if sums is None:
             return
-        sums, shard = self._errors
-        self._errors = None
         with torch.no_grad():
-            products, count = global_sum(sums, shard).split([self.control_gain.numel(), 1])
+            products, count = sums.split([self.control_gain.numel(), 1])
             self.control_gain += self.online_rate * (products / count).view_as(self.control_gain)
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:

@@ -62,11 +62,12 @@ def test_released_decodes_with_a_gain() -> None:
 
 
 def moved_gain(rank: int, world: int) -> list[Tensor]:
-    """K after a step whose forward pass was computed twice, on the shards of one sequence."""
+    """K after a step in two parts, each of whose forward passes was computed twice, on the shards of one sequence."""
     shard = SequenceShard.split(LENGTH, dist.group.WORLD)
     mixer, x_BTD = make_released(), numbers("x", BATCH, LENGTH, WIDTH)[:, shard.start : shard.stop]
-    for _ in range(2):
-        mixer(x_BTD, shard)
+    for part_BTD in x_BTD.split(BATCH - 1):
+        mixer(part_BTD, shard)
+        mixer(part_BTD, shard).sum().backward()
     mixer.end_step()
     first = mixer.control_gain.clone()
     mixer.end_step()
@@ -83,7 +84,7 @@ def test_released_gain_moves_after_the_step_by_all_tokens() -> None:
         assert difference(ours, before + 0.1 * products.detach()) < 1e-12
         assert torch.equal(ours, again)  # one pass moves it once
     mixer.eval()
-    mixer(x_BTD, SequenceShard.whole(LENGTH))
+    mixer(x_BTD, SequenceShard.whole(LENGTH)).sum().backward()
     mixer.train()
     with torch.no_grad():
         mixer(x_BTD, SequenceShard.whole(LENGTH))
@@ -97,7 +98,9 @@ def test_the_sign_of_the_gain_decides_whether_errors_shrink(gain: str, smaller: 
     mixer, x_BTD, shard = model.blocks[0].mixer, numbers("x", BATCH, LENGTH, WIDTH), SequenceShard.whole(LENGTH)
     sizes = []
     for _ in range(4):
-        sizes.append(mixer(x_BTD, shard).square().mean().item())
+        size = mixer(x_BTD, shard).square().mean()
+        size.backward()
+        sizes.append(size.item())
         model.end_step()
     assert (sizes == sorted(sizes, reverse=True)) == smaller
     assert (sizes == sorted(sizes)) != smaller

@@ -44,8 +44,9 @@ def test_the_bias_evens_a_skewed_load(balance: str, evens: bool) -> None:
     layer = skewed(balance)
     assert largest_load(layer, inputs(-1)) > 2
     for step in range(80):
-        _, loss = layer(inputs(step), SequenceShard.whole(TOKENS))
+        y_BTD, loss = layer(inputs(step), SequenceShard.whole(TOKENS))
         assert loss is None
+        y_BTD.sum().backward()
         layer.end_step()
     # a step of the bias moves some tens of tokens, and so it hovers around an even load
     assert (largest_load(layer, inputs(-1)) < 1.35) == evens
@@ -67,7 +68,8 @@ def moved_bias(rank: int, world: int) -> list[Tensor]:
     layer = skewed("bias")
     assert layer.selection_bias is not None
     for _ in range(2):
-        layer(inputs(0)[:, shard.start : shard.stop], shard)
+        y_BTD, _ = layer(inputs(0)[:, shard.start : shard.stop], shard)
+    y_BTD.sum().backward()
     layer.end_step()
     first = layer.selection_bias.clone()
     layer.end_step()
@@ -83,21 +85,23 @@ def test_it_moves_once_a_step_by_the_loads_of_all_processes() -> None:
         assert torch.equal(first, expected_E) and torch.equal(again, expected_E)
 
 
-def test_a_recomputed_pass_counts_once() -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_pass_of_a_step_counts_once_recomputed_or_not(parts: int) -> None:
     config = {"vocab_size": 8, "width": 16, "layers": "[mamba+moe(balance=bias, top_k=2)]", "recompute": True}
     model = build_model(config)
     tokens_BT = torch.randint(8, (2, 20), generator=torch.Generator().manual_seed(0))
-    model.loss(tokens_BT, tokens_BT).backward()
+    for part_BT in tokens_BT.chunk(parts):
+        model.loss(part_BT, part_BT).backward()
     layer = model.blocks[0].feed_forward
-    assert isinstance(layer, MixtureOfExperts) and layer._load is not None
-    assert int(layer._load[0].sum()) == 2 * 40
-    model.end_step()
-    assert layer._load is None
+    assert isinstance(layer, MixtureOfExperts)
+    load_E = layer._loads.take()
+    assert load_E is not None and int(load_E.sum()) == 2 * 40
+    assert layer._loads.take() is None
 
 
 def test_neither_evaluation_nor_decoding_moves_it() -> None:
     layer = skewed("bias").eval()
-    layer(inputs(0), SequenceShard.whole(TOKENS))
+    layer(inputs(0), SequenceShard.whole(TOKENS))[0].sum().backward()
     layer.train()
     with torch.no_grad():
         layer(inputs(0), SequenceShard.whole(TOKENS))

@@ -51,8 +51,18 @@ def first_step(rank: int, world_size: int, directory: str, overrides: tuple[str,
         (4, ("model.layers=[mamba, attention]", "parallel.replicate=2", "data.batch=2", "train.dtype=bfloat16")),
         (2, ("model.layers=[mamba, attention+moe]", *MOE, "parallel.sequence=2", "model.recompute=true")),
         (4, ("model.layers=[mamba+moe]", *MOE, "model.moe.balance=bias", "parallel.data=2", "parallel.expert=2")),
+        (2, ("model.layers=[mamba+moe]", *MOE, "train.accumulate=2", "parallel.sequence=2")),
+        (2, ("model.layers=[mamba+moe]", *MOE, "model.moe.balance=bias", "train.accumulate=2", "parallel.sequence=2")),
     ],
-    ids=["motions", "recurrences", "copies in half precision", "experts", "biased experts"],
+    ids=[
+        "motions",
+        "recurrences",
+        "copies in half precision",
+        "experts",
+        "biased experts",
+        "parts",
+        "parts and a bias",
+    ],
 )
 def test_bytes_are_those_of_a_real_step(tmp_path: Path, world_size: int, overrides: tuple[str, ...]) -> None:
     processes = run_ranks(first_step, world_size, str(tmp_path), overrides)
@@ -108,7 +118,7 @@ def test_the_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["plan", "small.yaml", "--memory", "100k"]) == 1
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("does not fit: ") and "of it activations; set data.batch=1" in line
+    assert line.startswith("does not fit: ") and "of it activations; set train.accumulate=2" in line
 
     for words, message in (
         (["--memory", "much"], "'much' is no amount of memory; write it as 80GiB"),
