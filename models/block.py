@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from ..parallel import SequenceShard
@@ -52,11 +53,13 @@ class Block(nn.Module):
     def compute(self, x_BTD: Tensor, shard: SequenceShard, shared: Shared) -> tuple[Tensor, Tensor, Shared]:
         shard = shard.labelled(self.label)
         loss = None
-        y_BTD, added = self.mixer.share(self.mixer_norm(x_BTD), shard, shared)
-        x_BTD = x_BTD + y_BTD
-        if self.feed_forward is not None and self.feed_forward_norm is not None:
-            y_BTD, loss = self.feed_forward(self.feed_forward_norm(x_BTD), shard)
+        with record_function(self.label):
+            y_BTD, added = self.mixer.share(self.mixer_norm(x_BTD), shard, shared)
             x_BTD = x_BTD + y_BTD
+        if self.feed_forward is not None and self.feed_forward_norm is not None:
+            with record_function(f"{self.label} feed-forward"):
+                y_BTD, loss = self.feed_forward(self.feed_forward_norm(x_BTD), shard)
+                x_BTD = x_BTD + y_BTD
         return x_BTD, x_BTD.new_zeros(()) if loss is None else loss, added
 
     def end_step(self) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from torch.profiler import record_function
+
 
 @dataclass
 class LedgerRow:
@@ -56,10 +58,11 @@ class CommunicationLedger:
 
     @contextmanager
     def waiting(self, motion: str, layer: str) -> Iterator[None]:
-        """Count the seconds spent in the block as waiting."""
+        """Count the seconds spent in the block as waiting, and show them in profiles."""
         begun = time.perf_counter()
         try:
-            yield
+            with record_function(f"wait for {motion} of {layer or 'the model'}"):
+                yield
         finally:
             self.row(motion, layer).seconds_waited += time.perf_counter() - begun
 

@@ -40,6 +40,7 @@ class TrainConfig(Settings):
         accumulate: parts, of as many sequences each, in which a process computes its sequences of a step one after the
             other: the same step in less memory, with every message sent for each part.
         validate_every: steps between validations; 0 means only at the end.
+        profile: the step of which every process writes a profile to the run's directory; 0: none.
         canonical: tiles into which every sequence is cut so that losses and gradients are bitwise the same for every
             sequence degree that divides them (parallel/canonical.py; slower, parameters whole everywhere); 0: off.
     """
@@ -57,6 +58,7 @@ class TrainConfig(Settings):
     clip: float = Field(default=1.0, ge=0)
     accumulate: int = Field(default=1, ge=1)
     validate_every: int = Field(default=0, ge=0)
+    profile: int = Field(default=0, ge=0)
     canonical: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

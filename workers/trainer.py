@@ -25,6 +25,7 @@ from .liveness import alive
 from .manifest import Manifest, NoCheckpoint
 from .metrics import StepRecord
 from .optimization import ShardedAdamW, learning_rate
+from .profiling import profile_name, profiled
 from .random_state import seed_everything
 from .recovery import BadBatches, BadLoss
 from .reporting import Reporter, RunStart, Silent
@@ -130,7 +131,8 @@ class Trainer:
         try:
             while self.stage.first <= self.step_count < self.stage.last and not stopping:
                 try:
-                    record, stopping = self.step()
+                    with self._profiled():
+                        record, stopping = self.step()
                 except BadLoss as bad:
                     self._go_past(bad)
                     saved = min(saved, self.step_count)
@@ -258,6 +260,14 @@ class Trainer:
         self.loader.seek(self.position)
         if self.first:
             self.reporter.noted(f"{bad}: batch {bad.position} is left out{back}")
+
+    def _profiled(self) -> contextlib.AbstractContextManager[None]:
+        step = self.step_count + 1
+        if step != self.experiment.train.profile:
+            return contextlib.nullcontext()
+        if self.first:
+            self.reporter.noted(f"step {step} is profiled: {self.run.url}/{profile_name(step, self.mesh.rank)}")
+        return profiled(self.run, step, self.mesh.rank)
 
     def _losses(self, batch: Batch, *, backward: bool = False) -> Losses:
         return self._split.losses(batch, self.step_count, backward=backward)
