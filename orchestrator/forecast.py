@@ -21,12 +21,11 @@ from ..models import LanguageModel, build_model, kept_in_float32
 from ..models.block import Block
 from ..parallel import Degrees, Link
 from ..workers import Experiment
+from ..workers.metrics import PASSES
 from .rehearsal import PER_PASS, SUMS, Rehearsal
 
 # Of the matrix of logits, `linear_cross_entropy` holds so many rows.
 LOGIT_ROWS = 1024
-# A backward pass takes twice the operations of a forward pass.
-PASSES, PASSES_WITH_RECOMPUTATION = 3, 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def forecast(experiment: Experiment, device: str) -> Iterator[Forecast]:
     link = Link.for_backend("nccl" if device == "cuda" else "gloo")
     rehearsal = Rehearsal(experiment.model, train.parameter_dtype, train.compute_dtype, link)
     model = build_model(experiment.model, dtype=train.parameter_dtype, device="meta")
-    passes = PASSES_WITH_RECOMPUTATION if experiment.model.recompute else PASSES
+    passes = PASSES + 1 if experiment.model.recompute else PASSES
     for stage in experiment.stages:
         now = experiment.at(stage)
         degrees = now.degrees

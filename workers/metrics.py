@@ -26,6 +26,9 @@ METRICS_FILE = "metrics.jsonl"
 REWRITE_INTERVAL = 10.0
 REWRITE_SHARE = 0.05
 
+# A backward pass takes twice the operations of a forward pass.
+PASSES = 3
+
 Order = tuple[int, int, int]
 NOTHING: Order = (0, 0, 0)  # the order before the first record
 
@@ -56,6 +59,8 @@ class StepRecord:
         host_memory: bytes in use on the host that has most in use.
         gpu_percent: how busy the GPUs are, mean; gpu_memory: bytes in use on the fullest. None without a GPU, the first
             also without NVML's Python package (nvidia-ml-py).
+        flops_per_second: the model's operations in this step, over its seconds, all processes together: forward and
+            backward, what is recomputed not counted. None in records of older versions.
     """
 
     step: int
@@ -78,6 +83,7 @@ class StepRecord:
     host_memory: int | None = None
     gpu_percent: float | None = None
     gpu_memory: int | None = None
+    flops_per_second: float | None = None
 
     @property
     def order(self) -> Order:

@@ -40,6 +40,7 @@ METRICS = (
     "auxiliary_loss",
     "tokens",
     "tokens_per_second",
+    "flops_per_second",
     "wait_share",
     "data_share",
     "bytes_sent",

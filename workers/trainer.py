@@ -23,7 +23,7 @@ from .exchange import StepExchange
 from .experiment import Experiment
 from .liveness import alive
 from .manifest import Manifest, NoCheckpoint
-from .metrics import StepRecord
+from .metrics import PASSES, StepRecord
 from .optimization import ShardedAdamW, learning_rate
 from .profiling import profile_name, profiled
 from .random_state import seed_everything
@@ -76,6 +76,7 @@ class Trainer:
         seed_everything(experiment.seed, mesh.rank)
         self._split = SplitModel(experiment, mesh, self.ledger)
         self.model = self._split.module
+        self._flops_per_token = PASSES * self.model.flops_per_token(experiment.data.context)
         self.optimizer = ShardedAdamW(self.model, experiment.train)
         self.checkpointer = Checkpointer(run, experiment.checkpoint, self.model, self.optimizer)
         self.checkpoint_timer = CheckpointTimer(experiment.checkpoint)
@@ -196,6 +197,7 @@ class Trainer:
             validation_loss=None,
             tokens=self.tokens,
             tokens_per_second=step_tokens / seconds,
+            flops_per_second=self._flops_per_token * step_tokens / seconds,
             learning_rate=rate,
             grad_norm=norm,
             seconds=seconds,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from longstride.models import build_model
 from longstride.parallel import Mesh, SequenceShard, shard_model
 from longstride.workers.evaluate import load_run
 from longstride.workers.metrics import read_records
@@ -31,6 +32,9 @@ def train(rank: int, world_size: int, directory: str, *overrides: str) -> list[f
     assert [record.step for record in records] == list(range(1, 21))
     assert records[-1].tokens == 20 * 4 * 64
     assert records[-1].validation_loss is not None
+    whole = build_model(trainer.experiment.model, device="meta")  # of which processes hold parts
+    for record in records:
+        assert record.flops_per_second == pytest.approx(3 * whole.flops_per_token(64) * record.tokens_per_second)
     return [*(r.loss for r in records), *(r.grad_norm for r in records), records[-1].validation_loss]
 
 
