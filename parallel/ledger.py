@@ -13,7 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch.profiler import record_function
+
+Mark = float | torch.cuda.Event
+"""A moment: of the processor's clock in seconds, or in the work of a GPU's stream."""
 
 
 @dataclass
@@ -44,6 +48,7 @@ class CommunicationLedger:
     # Not a dataclass: mixed precision in FSDP2 hands copies of dataclasses to the model, whose counts would be lost.
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], LedgerRow] = {}
+        self._waits: list[tuple[LedgerRow, Mark, Mark]] = []  # not in the rows yet
 
     def row(self, motion: str, layer: str) -> LedgerRow:
         """The row to add to; made at first use."""
@@ -58,22 +63,27 @@ class CommunicationLedger:
 
     @contextmanager
     def waiting(self, motion: str, layer: str) -> Iterator[None]:
-        """Count the seconds spent in the block as waiting, and show them in profiles."""
-        begun = time.perf_counter()
+        """Count the seconds spent in the block as waiting, and show them in profiles.
+
+        With a GPU it is not the processor that waits: it tells the GPU's stream to, and goes on. The stream's time is
+        counted, when rows are asked for.
+        """
+        begun = _mark()
         try:
             with record_function(f"wait for {motion} of {layer or 'the model'}"):
                 yield
         finally:
-            self.row(motion, layer).seconds_waited += time.perf_counter() - begun
+            self._waits.append((self.row(motion, layer), begun, _mark()))
 
     def rows(self) -> list[LedgerRow]:
         """All rows, ordered by layer and motion."""
+        self._count_waits()
         return [self._rows[key] for key in sorted(self._rows, key=lambda key: (key[1], key[0]))]
 
     def by_motion(self) -> dict[str, LedgerRow]:
         """Sums over layers, per motion."""
         sums: dict[str, LedgerRow] = defaultdict(lambda: LedgerRow("", "*"))
-        for row in self._rows.values():
+        for row in self.rows():
             sums[row.motion].motion = row.motion
             sums[row.motion].add(row)
         return dict(sorted(sums.items()))
@@ -81,7 +91,7 @@ class CommunicationLedger:
     def totals(self) -> LedgerRow:
         """Sum over everything."""
         total = LedgerRow("*", "*")
-        for row in self._rows.values():
+        for row in self.rows():
             total.add(row)
         return total
 
@@ -92,3 +102,27 @@ class CommunicationLedger:
     def reset(self) -> None:
         """Forget everything counted so far."""
         self._rows.clear()
+        self._waits.clear()
+
+    def _count_waits(self) -> None:
+        for row, begun, ended in self._waits:
+            row.seconds_waited += _seconds(begun, ended)
+        self._waits.clear()
+
+
+def _mark() -> Mark:
+    if not torch.cuda.is_initialized():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begun: Mark, ended: Mark) -> float:
+    """Between two marks; blocks until a GPU has come to the second."""
+    if isinstance(begun, float) and isinstance(ended, float):
+        return ended - begun
+    if isinstance(begun, torch.cuda.Event) and isinstance(ended, torch.cuda.Event):
+        ended.synchronize()
+        return begun.elapsed_time(ended) / 1000
+    return 0.0  # the GPU was first used in between
