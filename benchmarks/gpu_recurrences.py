@@ -161,15 +161,20 @@ def _wkv7_twice(state: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     return kernels.wkv7(*inputs, initial_state=state)[0], kernels.wkv7(*inputs)[1]
 
 
-def _scan_from_state(readout: bool, batch: int, length: int, channels: int, states: int) -> Case:
-    """What a split sequence does with the state that arrives: read it out, or scan again from it."""
-    u, delta, rates, B, C, _, _ = _scan_inputs(batch, length, channels, states)
-    steps, state = F.softplus(delta.detach()).requires_grad_(), _state(batch, channels, states)
-    if readout:
-        return [state, steps, rates, C], kernels.selective_scan_readout
-    return [state, steps, rates, C, u, B], lambda state, steps, rates, C, u, B: kernels.selective_scan(
-        u, steps, rates, B, C, initial_state=state
-    )[0]
+def _scan_from_state(function: Callable[..., Any], **sizes: int) -> Case:
+    """What a split sequence does: the state that leaves from zero, and the outputs from the state that arrives."""
+    u, delta, rates, B, C, _, _ = _scan_inputs(**sizes)
+    return [_state(sizes["batch"], sizes["channels"], sizes["states"]), u, delta, rates, B, C], function
+
+
+def _scan_in_stages(state: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    stages = kernels.begin_selective_scan(*inputs, delta_softplus=True)
+    return stages.finish(state), stages.leaving
+
+
+def _scan_twice(state: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    outputs, _ = kernels.selective_scan(*inputs, delta_softplus=True, initial_state=state)
+    return outputs, kernels.selective_scan(*inputs, delta_softplus=True)[1]
 
 
 def _dual_readout(state: Tensor, decay: Tensor, C: Tensor) -> Tensor:
@@ -231,9 +236,9 @@ RECURRENCES: dict[str, Callable[..., Case]] = {
     "wkv4 state: ours": lambda **sizes: _wkv4_state(kernels.wkv4_state, **sizes),
     "wkv4 state: whole recurrence": lambda **sizes: _wkv4_state(_wkv4_last, **sizes),
     "wkv7 stages: ours": partial(_wkv7_from_state, _wkv7_in_stages),
-    "wkv7 stages: two walks": partial(_wkv7_from_state, _wkv7_twice),
-    "scan read-out: ours": partial(_scan_from_state, True),
-    "scan read-out: second scan": partial(_scan_from_state, False),
+    "wkv7 stages: two passes": partial(_wkv7_from_state, _wkv7_twice),
+    "scan stages: ours": partial(_scan_from_state, _scan_in_stages),
+    "scan stages: two scans": partial(_scan_from_state, _scan_twice),
     "dual read-out: ours": partial(_dual_from_state, True),
     "dual read-out: second pass": partial(_dual_from_state, False),
     "gated read-out: ours": partial(_gated_from_state, True),

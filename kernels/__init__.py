@@ -8,7 +8,7 @@ from .long_convolution import long_convolution
 from .modal_convolution import ModalStages, begin_modal_convolution, modal_convolution
 from .norms import rms_norm
 from .rotary import rotary
-from .selective_scan import selective_scan, selective_scan_readout
+from .selective_scan import ScanStages, begin_selective_scan, selective_scan
 from .short_convolution import short_convolution
 from .state_space_dual import DualStages, begin_state_space_dual, state_space_dual
 from .swiglu import swiglu
@@ -19,9 +19,11 @@ __all__ = [
     "DualStages",
     "ModalStages",
     "RowMap",
+    "ScanStages",
     "Wkv7Stages",
     "attention",
     "begin_modal_convolution",
+    "begin_selective_scan",
     "begin_state_space_dual",
     "begin_wkv7",
     "gated_linear_attention",
@@ -35,7 +37,6 @@ __all__ = [
     "rms_norm",
     "rotary",
     "selective_scan",
-    "selective_scan_readout",
     "short_convolution",
     "state_space_dual",
     "sum_rows",

@@ -49,7 +49,8 @@ def _build(source: Path) -> Path:
 
     capability = torch.backends.cpu.get_cpu_capability()
     flags = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", *_FLAGS.get(capability, [])]
-    text = source.read_bytes() + _HEADER.read_bytes() + " ".join(flags).encode()
+    headers = [_HEADER, *sorted(source.parent.glob("*.h"))]
+    text = b"".join(path.read_bytes() for path in (source, *headers)) + " ".join(flags).encode()
     name = f"longstride_{source.stem}_{capability.lower().replace(' ', '_')}_{hashlib.sha256(text).hexdigest()[:12]}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     built = Path(root) / f"{name}.so"

@@ -10,8 +10,9 @@ def checked_starts(document_starts: Tensor | None, batch: int, length: int) -> T
     """The mask, after checking that it is boolean and of shape (batch or 1, length). Raises ValueError otherwise."""
     if document_starts is None:
         return None
-    if document_starts.dtype != torch.bool:
-        raise ValueError(f"document_starts must be a boolean mask, not {document_starts.dtype}")
+    if not isinstance(document_starts, Tensor) or document_starts.dtype != torch.bool:
+        given = getattr(document_starts, "dtype", type(document_starts).__name__)
+        raise ValueError(f"document_starts must be a boolean mask ({batch} or 1, {length}), not {given}")
     if document_starts.dim() != 2 or document_starts.shape[0] not in (1, batch) or document_starts.shape[1] != length:
         raise ValueError(
             f"document_starts has shape {tuple(document_starts.shape)}; expected ({batch} or 1, {length}): "

@@ -83,6 +83,13 @@ class ModelConfig(MixerGroups, FeedForwardGroups):
         """The layers, in order."""
         return parse_plan(self.layers, MIXERS, FEED_FORWARDS)
 
+    @property
+    def idle_groups(self) -> set[str]:
+        """The groups of options, all as by default, of mixers and feed-forward layers that are not in the plan."""
+        at_work = {name for layer in self.plan for name in (layer.mixer, layer.feed_forward or self.feed_forward)}
+        others = {*MIXERS, *FEED_FORWARDS} - at_work
+        return {name for name in others if getattr(self, name) == type(getattr(self, name))()}
+
     def mixer_options(self, layer: LayerPlan) -> MixerOptions:
         """The config's options for this layer's mixer with the layer's own laid over."""
         return _overridden(getattr(self, layer.mixer), layer.mixer, layer.mixer_options)

@@ -19,8 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GOLDEN, FIRST, SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-"""SplitMix64's constants, as int64 has them."""
+
+def as_int64(number: int) -> int:
+    """`number` modulo 2^64, as int64 has it."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+GOLDEN, FIRST, SECOND = (as_int64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+"""SplitMix64's constants."""
 DRAWN_AT_ONCE = 1 << 22
 """Numbers of 64 bits that exist at one time."""
 
@@ -51,7 +57,7 @@ def dropped(x_BTD: Tensor, probability: float, key: DropoutKey, start: int) -> T
     """Which numbers of `x_BTD` are dropped, (B, T, D) bool; arguments as of `dropout`."""
     rows, tokens, width = x_BTD.shape
     pairs = -(-width // 2)
-    keys_B = torch.tensor(key.streams(rows), dtype=torch.int64, device=x_BTD.device)
+    keys_B = torch.tensor(key.streams(rows), dtype=torch.int64).to(x_BTD.device, non_blocking=True)
     threshold = min(round(probability * 2**32), 2**32 - 1) - 2**31
     mask_BTD = torch.empty(x_BTD.shape, dtype=torch.bool, device=x_BTD.device)
     at_once = max(1, DRAWN_AT_ONCE // max(1, rows * pairs))

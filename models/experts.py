@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..kernels import grouped_matmul, swiglu
+from ..kernels.experts import count_choices
 from ..parallel import SequenceShard, global_sum, local_part, run_experts
 from .feed_forward import FeedForward, FeedForwardOptions
 from .mixers.base import LayerPlace, linear_flops
@@ -114,7 +115,7 @@ class MixtureOfExperts(FeedForward):
         y_BTD = y_ND.to(x_BTD.dtype).view_as(x_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, shard)[0]
-        load_E = torch.bincount(expert_NJ.flatten(), minlength=self.options.experts)
+        load_E = count_choices(expert_NJ, self.options.experts)
         if self.selection_bias is not None:
             self._loads.add(load_E, self, y_BTD, shard)
         return y_BTD, self.losses(logits_NE, probability_NE, load_E, shard)
@@ -134,7 +135,7 @@ class MixtureOfExperts(FeedForward):
             return None
         squared_partition = logits_NE.logsumexp(dim=-1).square().sum()
         # one message for all statistics: counts, summed probabilities, squared log-partitions, tokens
-        tokens = probability_NE.new_tensor(len(probability_NE))
+        tokens = probability_NE.new_full((), len(probability_NE))
         chosen_E = load_E.to(probability_NE.dtype)
         statistics = torch.cat([chosen_E, probability_NE.sum(dim=0), squared_partition[None], tokens[None]])
         total = global_sum(statistics, shard)

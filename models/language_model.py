@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
         total = cross_entropy + routers
         if self.config.logit_pull:
             largest_N = largest_logits(hidden_BTD.flatten(0, 1), self.output_weight)
-            count = largest_N.new_tensor(largest_N.numel(), dtype=torch.float64)
+            count = largest_N.new_full((), largest_N.numel(), dtype=torch.float64)
             mean_square = global_sum(largest_N.square().sum(), shard) / global_sum(count, shard).to(largest_N.dtype)
             total = total + 0.5 * self.config.logit_pull * mean_square * (1.0 if part is None else part.share)
         return Losses(total, cross_entropy, routers)
@@ -248,7 +248,7 @@ class LanguageModel(nn.Module):
         shared: Shared = {}
         if dropout_key is not None and any(block.mixer.noise for block in self._blocks()):
             streams = dropout_key.streams(len(x_BTD), NOISE)
-            shared[NOISE] = torch.tensor(streams, dtype=torch.int64, device=x_BTD.device)
+            shared[NOISE] = torch.tensor(streams, dtype=torch.int64).to(x_BTD.device, non_blocking=True)
         for block in self.blocks:
             x_BTD, block_loss, added = block(x_BTD, shard, shared)
             shared = {**shared, **added}
@@ -264,6 +264,9 @@ class LanguageModel(nn.Module):
 
     @staticmethod
     def _shard(tokens_BT: Tensor, shard: SequenceShard | None) -> SequenceShard:
+        if tokens_BT.dim() != 2 or tokens_BT.is_floating_point():
+            given = f"{tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}"
+            raise ValueError(f"tokens are {given}; give int64 (batch, length)")
         if shard is None:
             return SequenceShard.whole(tokens_BT.shape[1])
         if tokens_BT.shape[1] != shard.local_length:

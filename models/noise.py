@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .dropout import DRAWN_AT_ONCE, GOLDEN, mix
+from .dropout import DRAWN_AT_ONCE, GOLDEN, as_int64, mix
 
 NOISE = "noise"
 """The name under which the rows' streams (B,), int64, reach the layers of a training step; see `mixers.base.Shared`."""
@@ -27,7 +27,7 @@ def normal_numbers(streams_B: Tensor, layer: int, x_BTD: Tensor, start: int, wid
     tokens, width = x_BTD.shape[1], width or x_BTD.shape[2]
     pairs = -(-width // 2)
     # each layer has its own stream: SplitMix64's way of splitting one
-    streams_B = mix(streams_B + torch.tensor(layer + 1, device=streams_B.device) * GOLDEN)
+    streams_B = mix(streams_B + as_int64((layer + 1) * GOLDEN))
     dtype = torch.promote_types(x_BTD.dtype, torch.float32)
     normal_BTD = torch.empty(len(streams_B), tokens, width, dtype=dtype, device=streams_B.device)
     at_once = max(1, DRAWN_AT_ONCE // max(1, len(streams_B) * pairs))

@@ -53,7 +53,7 @@ def causal_attention(
         raise ValueError(f"unknown attention strategy {wanted!r}: choose auto, {', '.join(ATTENTION_STRATEGIES)}")
     scale = float(q_BTHK.shape[-1] ** -0.5) if scale is None else scale
     if shard.size == 1:
-        begin = shard.document_begin(q_BTHK.device) if shard.document_starts is not None else None
+        begin = shard.document_begin() if shard.document_starts is not None else None
         return attention(q_BTHK, k_BTGK, v_BTGK, document_begin=begin, scale=scale)[0]
     num_heads = q_BTHK.shape[2]
     if wanted == "heads" and num_heads < shard.size:
@@ -89,7 +89,7 @@ def _on_grid(
     kv_BW2GK = kv.transpose(2, 3)
     if len(ring_ranks) == 1:
         whole = contiguous(blocks)
-        begin = _document_begin(shard, whole, 0, q.device)
+        begin = _document_begin(shard, whole, 0)
         out, _ = attention(q, kv_BW2GK[:, :, 0], kv_BW2GK[:, :, 1], document_begin=begin, scale=scale)
     else:
         out = _round(q, kv_BW2GK, shard, blocks, ring_ranks, scale, gathered)
@@ -129,7 +129,7 @@ def _round(
     """Attention over the blocks of the ring, in a layout of equal work."""
     outside, inside = contiguous(blocks), balanced(shard.length, len(ranks), shard.document_starts)
     place = ranks.index(shard.rank)
-    begin = _document_begin(shard, inside, place, q.device)
+    begin = _document_begin(shard, inside, place)
     if gathered:
         q = relayout(q, shard, outside, inside, ranks)
         kv = relayout(kv, shard, outside, replicated(shard.length, len(ranks)), ranks)
@@ -167,9 +167,12 @@ def _over_all_keys(
     return torch.cat(outs, dim=1)
 
 
-def _document_begin(shard: SequenceShard, layout: Layout, place: int, device: torch.device) -> Tensor | None:
-    """(B or 1, W) where the document of each token of a place begins; None without packed documents."""
+def _document_begin(shard: SequenceShard, layout: Layout, place: int) -> Tensor | None:
+    """(B or 1, W) where the document of each token of a place begins; None without packed documents.
+
+    On the CPU, where `attention` reads it: from an accelerator it would have to be waited for.
+    """
     if shard.document_starts is None:
         return None
     begin = shard.whole_document_begin()
-    return torch.cat([begin[:, a:b] for a, b in layout.spans[place]], dim=1).to(device)
+    return torch.cat([begin[:, a:b] for a, b in layout.spans[place]], dim=1)

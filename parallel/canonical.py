@@ -85,7 +85,8 @@ class CanonicalModel:
 
         def work(tile: int) -> None:
             try:
-                with torch.set_grad_enabled(grad_enabled):
+                # tiles wait for each other in their backwards too, for which a GPU has one thread unless told otherwise
+                with torch.set_grad_enabled(grad_enabled), torch.autograd.set_multithreading_enabled(False):
                     results[tile] = compute(tile)
             except BaseException as error:
                 errors[tile] = error

@@ -11,7 +11,7 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -44,8 +44,8 @@ class Link:
 
     @classmethod
     def for_backend(cls, backend: str) -> Link:
-        """Assumptions for a torch.distributed backend."""
-        return cls(2e-5, 4e10, 3e11) if backend == "nccl" else cls()
+        """Assumptions for a torch.distributed backend; "cpu:gloo,cuda:nccl" is NCCL where it matters."""
+        return cls(2e-5, 4e10, 3e11) if "nccl" in backend else cls()
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,10 +180,7 @@ class SequenceShard:
 
     def labelled(self, layer: str) -> SequenceShard:
         """The same shard, whose motions are counted under `layer`."""
-        labelled = replace(self, layer=layer)
-        # cached masks are shared: labels change per layer, documents do not
-        labelled.__dict__["_local_documents"] = self._local_documents
-        return labelled
+        return replace(self, layer=layer)
 
     def start_mask(self, device: torch.device | str | None = None) -> Tensor | None:
         """(B or 1, T) bool, True where a document begins after position 0; None where none does in any row.
@@ -192,47 +189,46 @@ class SequenceShard:
         """
         if self.document_starts is None:
             return None
-        return self._local_documents[0].to(device)
+        return _documents_on(self.document_starts, self.start, self.stop, torch.device(device or "cpu"))[0]
 
     def whole_start_mask(self, device: torch.device | str | None = None) -> Tensor | None:
         """(B or 1, L) bool over the whole sequence, True where a document begins after position 0; None if none."""
         if self.document_starts is None:
             return None
-        mask = torch.zeros(len(self.document_starts), self.length, dtype=torch.bool)
-        for row, starts in enumerate(self.document_starts):
-            mask[row, list(starts)] = True
-        return mask.to(device)
+        return _documents_on(self.document_starts, 0, self.length, torch.device(device or "cpu"))[0]
 
     def document_begin(self, device: torch.device | str | None = None) -> Tensor:
         """(B or 1, T) int64: the global position at which each token's document begins."""
-        return self._local_documents[1].to(device)
+        return _documents_on(self.document_starts, self.start, self.stop, torch.device(device or "cpu"))[1]
 
     def whole_document_begin(self) -> Tensor:
         """(B or 1, L) int64: `document_begin` of the whole sequence."""
-        mask = self.whole_start_mask()
-        if mask is None:
-            return torch.zeros(1, self.length, dtype=torch.int64)
-        positions = torch.where(mask, torch.arange(self.length), 0)
-        return positions.cummax(dim=1).values
+        return _documents_on(self.document_starts, 0, self.length, torch.device("cpu"))[1]
 
     def reset_mask(self, device: torch.device | str | None = None) -> Tensor | None:
         """(B or 1,) bool: a document begins inside this shard, so that no earlier state survives it."""
         mask = self.start_mask(device)
         return None if mask is None else mask.any(dim=1)
 
-    @cached_property
-    def _local_documents(self) -> tuple[Tensor, Tensor]:
-        rows = self.document_starts if self.document_starts is not None else ((),)
-        mask = torch.zeros(len(rows), self.local_length, dtype=torch.bool)
-        begin = torch.zeros(len(rows), self.local_length, dtype=torch.int64)
-        for row, starts in enumerate(rows):
-            first, last = bisect.bisect_left(starts, self.start), bisect.bisect_left(starts, self.stop)
-            here = torch.tensor(starts[first:last], dtype=torch.int64)
-            mask[row, here - self.start] = True
-            begin[row] = starts[first - 1] if first else 0
-            for position in here.tolist():
-                begin[row, position - self.start :] = position
-        return mask, begin
+
+# Asked for by every layer, of shards that FSDP copies from layer to layer.
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _documents_on(
+    documents: DocumentStarts | None, start: int, stop: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Of tokens [start, stop): `SequenceShard.start_mask` and `SequenceShard.document_begin`."""
+    rows = documents if documents is not None else ((),)
+    mask = torch.zeros(len(rows), stop - start, dtype=torch.bool)
+    begin = torch.empty(len(rows), stop - start, dtype=torch.int64)
+    for row, starts in enumerate(rows):
+        first, last = bisect.bisect_left(starts, start), bisect.bisect_left(starts, stop)
+        here = torch.tensor(starts[first:last], dtype=torch.int64)
+        mask[row, here - start] = True
+        edges = torch.tensor([start, *starts[first:last], stop])
+        before = torch.tensor([starts[first - 1] if first else 0])
+        begin[row] = torch.cat([before, here]).repeat_interleave(edges.diff())
+    return mask.to(device, non_blocking=True), begin.to(device, non_blocking=True)
 
 
 def even_bounds(length: int, size: int) -> tuple[int, ...]:

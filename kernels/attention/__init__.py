@@ -29,7 +29,7 @@ def attention(
         q_BTHK: queries. k_BSGK, v_BSGK: keys and values; query head h uses head h // (H / G).
         query_start, key_start: global position of the first query and of the first key.
         document_begin: int64 (B or 1, T), the global position where each query's document begins; earlier keys are
-            invisible.
+            invisible. Best on the CPU, whatever the device: it decides what is computed.
         scale: factor of the scores, K^-1/2 by default.
 
     out_BTHK has the dtype of the queries; lse_BTH, the log-sum-exp of the scaled scores, is float32 (float64 for

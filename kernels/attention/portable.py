@@ -1,7 +1,8 @@
 """Exact causal attention as a sum of tiles, each by a fused kernel, joined by their log-sum-exps.
 
-The CPU has a fused kernel in PyTorch that returns the log-sum-exp and has a backward; elsewhere `blockwise` serves. The
-backward of each tile takes output and log-sum-exp over all tiles of its queries, as in ring attention.
+PyTorch has fused kernels that return the log-sum-exp and have a backward: the CPU's, and for half types on GPUs
+`flash`; elsewhere `blockwise` serves. The backward of each tile takes output and log-sum-exp over all tiles of its
+queries, as in ring attention.
 
 Legend: B batch, T queries, S keys, H query heads, G key and value heads, K head dimension.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..autograd import first_order
 from ..triton_support import rows_contiguous
-from . import blockwise
+from . import blockwise, flash
 from .tiles import Tile, tiles
 
 
@@ -29,7 +30,8 @@ def _forward_tile(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, 
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     else:
-        out, lse = blockwise.tile_forward(q, k, v, causal, scale)
+        form = flash if flash.takes(q) else blockwise
+        out, lse = form.tile_forward(q, k, v, causal, scale)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
@@ -42,7 +44,8 @@ def _backward_tile(
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
     else:
-        grads = blockwise.tile_backward(grad, q, k, v, out, lse, causal, scale)
+        form = flash if flash.takes(q) else blockwise
+        grads = form.tile_backward(grad, q, k, v, out, lse, causal, scale)
     grad_q, grad_k, grad_v = grads
     return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import triton_support
 from .portable import GatherRows, GroupedMatmul, SumRows
 
-__all__ = ["RowMap", "gather_rows", "grouped_matmul", "permute", "sum_rows"]
+__all__ = ["RowMap", "count_choices", "gather_rows", "grouped_matmul", "permute", "sum_rows"]
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,15 @@ def permute(expert_index_NJ: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         low, high = (int(bound) for bound in flat_M.aminmax())
         if low < 0 or high >= num_experts:
             raise ValueError(f"permute: expert {low if low < 0 else high} is outside 0 .. {num_experts - 1}")
+    return torch.argsort(flat_M, stable=True), count_choices(flat_M, num_experts)
+
+
+def count_choices(expert_index: Tensor, num_experts: int) -> Tensor:
+    """How many of these indices, of any integer dtype and shape, name each expert: (E,) int64."""
+    flat_M = expert_index.flatten()
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=flat_M.device)
-    counts_E.scatter_add_(0, flat_M.long(), torch.ones_like(flat_M, dtype=torch.int64))
-    return torch.argsort(flat_M, stable=True), counts_E
+    # torch.bincount would make the process wait for an accelerator
+    return counts_E.scatter_add_(0, flat_M.long(), torch.ones_like(flat_M, dtype=torch.int64))
 
 
 def grouped_matmul(x_MD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:

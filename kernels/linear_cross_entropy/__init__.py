@@ -31,6 +31,11 @@ def linear_cross_entropy(
         ValueError: if shapes or dtypes do not agree or, on the CPU, if a target is outside the vocabulary. Elsewhere
             such a target is not looked for; in the Triton kernel it makes the loss NaN.
     """
+    if hidden_ND.dim() != 2 or weight_VD.dim() != 2:
+        raise ValueError(
+            f"linear cross-entropy: hidden states are {tuple(hidden_ND.shape)} and weight is {tuple(weight_VD.shape)}; "
+            "give (tokens, width), as by x.flatten(0, 1), and (vocabulary, width)"
+        )
     tokens, width = hidden_ND.shape
     vocabulary = weight_VD.shape[0]
     if weight_VD.shape[1] != width or weight_VD.dtype != hidden_ND.dtype:

@@ -89,7 +89,7 @@ class IndexedRows:
         begins_BE = starts_BE.expand(batch, -1).clone()
         begins_BE[:, 0] = True
         begin_of = begins_BE.flatten().nonzero().squeeze(1)
-        length_of = begin_of.diff(append=begin_of.new_tensor([total]))
+        length_of = F.pad(begin_of, (0, 1), value=total).diff()
         rows_of = (length_of + row - 1) // row
         first_row_of = rows_of.cumsum(0) - rows_of
         document_R = torch.arange(len(begin_of), device=device).repeat_interleave(rows_of)

@@ -5,27 +5,23 @@ original the scan takes an initial state, and gradients flow through the initial
 can be cut anywhere. Legend: B batch, T tokens, D channels, N states per channel.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import triton_support
 from ..documents import checked_starts
+from ..segments import expect_shape, state_dtype
 from . import compiled
 from .portable import SelectiveScan
-from .readout import Readout
+from .readout import Enter
+from .stages import Entering, ScanStages
 
-__all__ = ["selective_scan", "selective_scan_readout"]
-
-
-def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """States and decays are float32, or float64 as soon as one argument is."""
-    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if double else torch.float32
-
-
-def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"selective scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+__all__ = ["ScanStages", "begin_selective_scan", "selective_scan"]
 
 
 def selective_scan(
@@ -59,71 +55,93 @@ def selective_scan(
     Raises:
         ValueError: if shapes do not agree.
     """
-    batch, length, channels = u_BTD.shape
-    states = A_DN.shape[-1]
-    _expect("delta_BTD", delta_BTD, (batch, length, channels))
-    _expect("A_DN", A_DN, (channels, states))
-    _expect("B_BTN", B_BTN, (batch, length, states))
-    _expect("C_BTN", C_BTN, (batch, length, states))
-    _expect("D", D, (channels,))
-    _expect("z_BTD", z_BTD, (batch, length, channels))
-    _expect("delta_bias", delta_bias, (channels,))
-    _expect("initial_state", initial_state, (batch, channels, states))
-    starts_BT = checked_starts(document_starts, batch, length)
-    dtype = _state_dtype(u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D, z_BTD, delta_bias, initial_state)
-    if initial_state is None:
-        initial_state = torch.zeros(batch, channels, states, dtype=dtype, device=u_BTD.device)
-    function: type[torch.autograd.Function] = SelectiveScan
-    if triton_support.takes(u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D, z_BTD, delta_bias, initial_state):
-        from .triton_scan import TritonSelectiveScan as function
-    elif compiled.takes(u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, z_BTD, dtype):
-        function = compiled.CompiledSelectiveScan
-    return function.apply(
-        u_BTD,
-        delta_BTD,
-        A_DN.to(dtype),
-        B_BTN,
-        C_BTN,
-        None if D is None else D.to(dtype),
-        z_BTD,
-        None if delta_bias is None else delta_bias.to(dtype),
-        initial_state.to(dtype),
-        starts_BT,
-        delta_softplus,
+    scan = _Scan.choose(
+        u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D, z_BTD, delta_bias, delta_softplus, initial_state, document_starts
     )
+    return scan.function.apply(*scan.arguments)
 
 
-def selective_scan_readout(
-    state_BDN: Tensor,
+def begin_selective_scan(
+    u_BTD: Tensor,
     delta_BTD: Tensor,
     A_DN: Tensor,
+    B_BTN: Tensor,
     C_BTN: Tensor,
     *,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
     document_starts: Tensor | None = None,
-) -> Tensor:
-    """What a state that enters before the first token adds to the outputs: y_t = C_t exp(A sum_{r<=t} s_r) state.
+) -> ScanStages:
+    """`selective_scan` of a part of a sequence, before it is known what state enters that part. See `ScanStages`.
 
-    By linearity, a scan from zero plus this is the scan from `state_BDN` (before direct term and gate). The work stops,
-    for each channel and state apart, where the decay has left less of the state than the dtype can show beside it, and
-    at a sequence's first document start; with fast decays it is a small part of the scan.
+    The outputs from zero (or from `initial_state`, to which the entering state comes on top) are computed here;
+    `leaving` and `steps` say what the part does to any state that enters. `finish(entering)` gives the outputs. Its
+    work ends, for each channel and state apart, where the decay has left less of the state than the dtype can show
+    beside an output, and at a sequence's first document start.
 
-    Args:
-        state_BDN: the state that enters. delta_BTD: step sizes s_t, already positive (after bias and softplus).
-        A_DN, C_BTN, document_starts: as in `selective_scan`.
-
-    Returns y_BTD in the dtype of `delta_BTD`; gradients flow to the state, the step sizes, A and C.
+    Args as in `selective_scan`, but no gate: it would have to wait for the entering state.
 
     Raises:
         ValueError: if shapes do not agree.
     """
-    batch, length, channels = delta_BTD.shape
-    states = A_DN.shape[-1]
-    _expect("state_BDN", state_BDN, (batch, channels, states))
-    _expect("A_DN", A_DN, (channels, states))
-    _expect("C_BTN", C_BTN, (batch, length, states))
-    starts_BT = checked_starts(document_starts, batch, length)
-    dtype = _state_dtype(state_BDN, delta_BTD, A_DN, C_BTN)
-    function: type[torch.autograd.Function] = Readout
-    if triton_support.takes(state_BDN, delta_BTD, A_DN, C_BTN):
-        from .triton_readout import TritonReadout as function
-    return function.apply(state_BDN.to(dtype), delta_BTD, A_DN.to(dtype), C_BTN, starts_BT)
+    scan = _Scan.choose(
+        u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D, None, delta_bias, delta_softplus, initial_state, document_starts
+    )
+    entering = Entering()
+    y_BTD, leaving_BDN = scan.function.apply(*scan.arguments, entering)
+    _, delta_BTD, A_DN, _, C_BTN, _, _, bias, _, starts_BT, softplus = scan.arguments
+    return ScanStages(scan.enter, entering, y_BTD, leaving_BDN, delta_BTD, A_DN, C_BTN, bias, starts_BT, softplus)
+
+
+@dataclass
+class _Scan:
+    """Which code runs, both stages of it, and the first one's arguments."""
+
+    function: type[torch.autograd.Function]
+    enter: type[torch.autograd.Function]
+    arguments: tuple[Any, ...]
+
+    @staticmethod
+    def choose(
+        u_BTD: Tensor,
+        delta_BTD: Tensor,
+        A_DN: Tensor,
+        B_BTN: Tensor,
+        C_BTN: Tensor,
+        D: Tensor | None,
+        z_BTD: Tensor | None,
+        delta_bias: Tensor | None,
+        softplus: bool,
+        initial_BDN: Tensor | None,
+        document_starts: Tensor | None,
+    ) -> _Scan:
+        batch, length, channels = u_BTD.shape
+        states = A_DN.shape[-1]
+        expect_shape("selective scan", "delta_BTD", delta_BTD, (batch, length, channels))
+        expect_shape("selective scan", "A_DN", A_DN, (channels, states))
+        expect_shape("selective scan", "B_BTN", B_BTN, (batch, length, states))
+        expect_shape("selective scan", "C_BTN", C_BTN, (batch, length, states))
+        expect_shape("selective scan", "D", D, (channels,))
+        expect_shape("selective scan", "z_BTD", z_BTD, (batch, length, channels))
+        expect_shape("selective scan", "delta_bias", delta_bias, (channels,))
+        expect_shape("selective scan", "initial_state", initial_BDN, (batch, channels, states))
+        starts_BT = checked_starts(document_starts, batch, length)
+        tensors = u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D, z_BTD, delta_bias, initial_BDN
+        dtype = state_dtype(*tensors)
+        function: type[torch.autograd.Function] = SelectiveScan
+        enter: type[torch.autograd.Function] = Enter
+        if triton_support.takes(*(x for x in tensors if x is not None)):
+            from .triton_readout import TritonEnter as enter
+            from .triton_scan import TritonSelectiveScan as function
+        elif compiled.takes(u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, z_BTD, dtype):
+            function, enter = compiled.CompiledSelectiveScan, compiled.CompiledEnter
+        if initial_BDN is None:
+            initial_BDN = torch.zeros(batch, channels, states, dtype=dtype, device=u_BTD.device)
+        D, delta_bias = (None if x is None else x.to(dtype) for x in (D, delta_bias))
+        arguments = (
+            *(u_BTD, delta_BTD, A_DN.to(dtype), B_BTN, C_BTN),
+            *(D, z_BTD, delta_bias, initial_BDN.to(dtype), starts_BT, softplus),
+        )
+        return _Scan(function, enter, arguments)

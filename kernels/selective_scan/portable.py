@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import first_order
+from ..documents import first_start
 from .recurrence import Recurrence, SegmentPlan
+from .stages import Entering
 
 # The gradient of A is summed over tokens this far apart, and over these sums in the end: a buffer that stays in cache.
 _RATE_SUMS = 32
@@ -230,6 +232,7 @@ class SelectiveScan(torch.autograd.Function):
         initial_BDN: Tensor,
         starts_BT: Tensor | None,
         softplus: bool,
+        entering: Entering | None = None,
     ) -> tuple[Tensor, Tensor]:
         batch, length, channels = u_BTD.shape
         plan = SegmentPlan.choose(length, batch * A_DN.numel(), u_BTD.device)
@@ -239,7 +242,7 @@ class SelectiveScan(torch.autograd.Function):
         room = _Room(inputs)
         y_BTD = torch.empty(batch, length, channels, dtype=u_BTD.dtype, device=u_BTD.device)
         state_BND = initial_BDN.transpose(1, 2)
-        boundaries = []
+        boundaries, sums = [], []
         for index, (start, stop) in enumerate(inputs.ranges):
             boundaries.append(state_BND)
             segment = _run_segment(inputs, index, state_BND, room)
@@ -248,26 +251,45 @@ class SelectiveScan(torch.autograd.Function):
                 y_SBD = y_SBD * F.silu(inputs.cut(z_BTD, start, stop))
             y_BTD[:, start:stop] = y_SBD.transpose(0, 1)
             state_BND = segment.states[segment.padded].clone()
+            if entering is not None:
+                sums.append(segment.step_SBD.sum(0))
         kept = torch.stack(boundaries) if boundaries else state_BND[None]
-        ctx.save_for_backward(u_BTD, delta_BTD, inputs.A_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT, kept)
-        ctx.softplus, ctx.plan = softplus, plan
+        before_BKD = None
+        if entering is not None:
+            nothing_B0D = inputs.A_ND.new_empty(batch, 0, channels)
+            before_BKD = entering.note(torch.stack(sums, 1) if sums else nothing_B0D)
+        saved = (u_BTD, delta_BTD, inputs.A_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT, kept, before_BKD)
+        ctx.save_for_backward(*saved)
+        ctx.softplus, ctx.plan, ctx.entering = softplus, plan, entering
         return y_BTD, state_BND.transpose(1, 2).contiguous()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_y_BTD, grad_final_BDN = grads
-        u_BTD, delta_BTD, A_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT, boundaries = ctx.saved_tensors
+        u_BTD, delta_BTD, A_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT, kept, before_BKD = ctx.saved_tensors
         inputs = _Inputs(u_BTD, delta_BTD, A_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT, ctx.softplus, ctx.plan)
         room = _Room(inputs)
         out = _Gradients.empty(inputs)
+        late_BDN = None if ctx.entering is None else ctx.entering.state_BDN
         carried_BND = grad_final_BDN.transpose(1, 2)
         for index, (start, stop) in reversed(list(enumerate(inputs.ranges))):
-            segment = _run_segment(inputs, index, boundaries[index], room)
+            state_BND = kept[index]
+            if late_BDN is not None:
+                state_BND = state_BND + _left(inputs, start, before_BKD[:, index], late_BDN)
+            segment = _run_segment(inputs, index, state_BND, room)
             grad_SBD = inputs.cut(grad_y_BTD, start, stop).contiguous()  # that of a plain sum has no memory of its own
             carried_BND = _segment_backward(inputs, segment, start, grad_SBD, carried_BND, room, out)
         grad_A_DN, grad_initial_BDN = out.A_RBND.sum((0, 1)).t(), carried_BND.transpose(1, 2)
         return (
             out.u_BTD, out.delta_BTD, grad_A_DN, out.B_BTN, out.C_BTN, out.D, out.z_BTD, out.delta_bias,
-            grad_initial_BDN, None, None,
+            grad_initial_BDN, None, None, None,
         )  # fmt: skip
+
+
+def _left(inputs: _Inputs, start: int, before_BD: Tensor, entering_BDN: Tensor) -> Tensor:
+    """(B, N, D): what is left before token `start` of a state that entered before the first."""
+    left_BND = torch.exp2(before_BD.unsqueeze(1) * inputs.A_log2_ND) * entering_BDN.transpose(1, 2)
+    if inputs.starts_BT is None:
+        return left_BND
+    return left_BND.masked_fill_((start > first_start(inputs.starts_BT))[:, None, None], 0.0)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import first_order
@@ -88,6 +89,22 @@ class Band:
         return C_BSN.transpose(1, 2).contiguous()
 
 
+@dataclass
+class Steps:
+    """Step sizes, made of what is stored only where they are read."""
+
+    delta_BTD: Tensor
+    delta_bias: Tensor | None
+    softplus: bool
+
+    def take(self, start: int, stop: int, order_K: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, K, S)."""
+        steps_BKS = _take(self.delta_BTD[:, start:stop], order_K, dtype)
+        if self.delta_bias is not None:
+            steps_BKS += self.delta_bias[order_K].unsqueeze(1)
+        return F.softplus(steps_BKS) if self.softplus else steps_BKS
+
+
 def _take(x_BSD: Tensor, order_K: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, K, S). torch.gather is several times faster than an index on the last dimension."""
     x_BSK = torch.gather(x_BSD, 2, order_K.expand(*x_BSD.shape[:2], -1))
@@ -124,12 +141,13 @@ def _scratch(delta_BTD: Tensor, A_DN: Tensor) -> Tensor:
     return A_DN.new_empty(max(_PIECE_ELEMENTS, _BLOCK * len(delta_BTD) * A_DN.numel()))
 
 
-def living_bands(delta_BTD: Tensor, A_DN: Tensor, length: int) -> Iterator[Band]:
+def living_bands(steps: Steps, A_DN: Tensor, length: int) -> Iterator[Band]:
     """Bands of the first `length` tokens, each twice as far as the one before, until no state lives."""
     cutoff = negligible_exponent(A_DN.dtype)
     order_K = torch.arange(A_DN.shape[0], device=A_DN.device)
-    sum_BK = torch.zeros_like(delta_BTD[:, :1].sum(1), dtype=A_DN.dtype)
-    first_band = _tokens_of_a_piece(len(delta_BTD) * A_DN.numel())
+    batch = len(steps.delta_BTD)
+    sum_BK = A_DN.new_zeros(batch, len(A_DN))
+    first_band = _tokens_of_a_piece(batch * A_DN.numel())
     start = 0
     while start < length:
         stop = min(length, start + max(first_band, start))
@@ -142,8 +160,7 @@ def living_bands(delta_BTD: Tensor, A_DN: Tensor, length: int) -> Iterator[Band]
             return
         longest_first = longest_first[:living]
         order_K = order_K[longest_first]
-        steps_BKS = _take(delta_BTD[:, start:stop], order_K, A_DN.dtype)
-        sum_BKS = running_sum(steps_BKS).add_(sum_BK[:, longest_first].unsqueeze(2))
+        sum_BKS = running_sum(steps.take(start, stop, order_K, A_DN.dtype)).add_(sum_BK[:, longest_first].unsqueeze(2))
         yield Band(start, stop, order_K, alive_KN[:living], A_DN[order_K], sum_BKS)
         sum_BK = sum_BKS[:, :, -1]
         start = stop
@@ -154,74 +171,54 @@ def _reach(starts_BT: Tensor | None, length: int) -> int:
     return length if starts_BT is None else int(first_start(starts_BT).max())
 
 
-class Readout(torch.autograd.Function):
-    """See `selective_scan_readout`; state and A already have the dtype of the computation."""
+class Enter(torch.autograd.Function):
+    """`y_BTD`, to which is added, in place, what a state that enters gives the outputs; see stages.py.
+
+    State and A have the dtype of the computation. Its backward gives the gradient of that state only.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, state_BDN: Tensor, delta_BTD: Tensor, A_DN: Tensor, C_BTN: Tensor, starts_BT: Tensor | None
+        ctx: Any,
+        y_BTD: Tensor,
+        entering_BDN: Tensor,
+        delta_BTD: Tensor,
+        A_DN: Tensor,
+        C_BTN: Tensor,
+        delta_bias: Tensor | None,
+        starts_BT: Tensor | None,
+        before_BKD: Tensor,
+        softplus: bool,
     ) -> Tensor:
-        ctx.save_for_backward(state_BDN, delta_BTD, A_DN, C_BTN, starts_BT)
-        y_BTD = torch.zeros_like(delta_BTD)
+        ctx.save_for_backward(delta_BTD, A_DN, C_BTN, delta_bias, starts_BT)
+        ctx.softplus = softplus
         scratch = _scratch(delta_BTD, A_DN)
-        for band in living_bands(delta_BTD, A_DN, _reach(starts_BT, delta_BTD.shape[1])):
-            C_BNS, state_BKN = band.projection(C_BTN, starts_BT), state_BDN[:, band.order_K]
-            y_BKS = torch.empty_like(band.sum_BKS)
+        for band in living_bands(Steps(delta_BTD, delta_bias, softplus), A_DN, _reach(starts_BT, delta_BTD.shape[1])):
+            C_BNS, state_BKN = band.projection(C_BTN, starts_BT), entering_BDN[:, band.order_K]
+            outputs_BSD = y_BTD[:, band.start : band.stop]
+            y_BKS = _take(outputs_BSD, band.order_K, A_DN.dtype)
             for piece in band.pieces():
                 term_Bmks = piece.decay(scratch).mul_(piece.of_states(state_BKN)).mul_(piece.of_projection(C_BNS))
-                y_BKS[:, piece.channels, piece.tokens] = term_Bmks.sum(1)
-            _put(y_BKS, band.order_K, y_BTD[:, band.start : band.stop])
+                y_BKS[:, piece.channels, piece.tokens] += term_Bmks.sum(1)
+            _put(y_BKS, band.order_K, outputs_BSD)
+        ctx.mark_dirty(y_BTD)
         return y_BTD
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BTD,) = grads
-        state_BDN, delta_BTD, A_DN, C_BTN, starts_BT = ctx.saved_tensors
-        grad_state, grad_A, grad_C = torch.zeros_like(state_BDN), torch.zeros_like(A_DN), torch.zeros_like(C_BTN)
-        scratches = (_scratch(delta_BTD, A_DN), _scratch(delta_BTD, A_DN))
-        sums = []
-        for band in living_bands(delta_BTD, A_DN, _reach(starts_BT, delta_BTD.shape[1])):
-            C_BNS, state_BKN = band.projection(C_BTN, starts_BT), state_BDN[:, band.order_K]
+        delta_BTD, A_DN, C_BTN, delta_bias, starts_BT = ctx.saved_tensors
+        grad_state_BDN = A_DN.new_zeros(len(delta_BTD), *A_DN.shape)
+        scratch = _scratch(delta_BTD, A_DN)
+        steps = Steps(delta_BTD, delta_bias, ctx.softplus)
+        for band in living_bands(steps, A_DN, _reach(starts_BT, delta_BTD.shape[1])):
+            C_BNS = band.projection(C_BTN, starts_BT)
             grad_BKS = _take(grad_BTD[:, band.start : band.stop], band.order_K, A_DN.dtype)
-            parts = _band_backward(band, C_BNS, state_BKN, grad_BKS, scratches)
-            grad_sum_BKS, grad_C_BNS, grad_state_BKN, grad_rate_KN = parts
-            grad_C[:, band.start : band.stop] = grad_C_BNS.transpose(1, 2)
-            grad_state[:, band.order_K] += grad_state_BKN
-            grad_A[band.order_K] += grad_rate_KN
-            sums.append((band.start, band.stop, band.order_K, grad_sum_BKS))
-        if starts_BT is not None:
-            hidden_BT = torch.arange(C_BTN.shape[1], device=C_BTN.device) >= first_start(starts_BT).unsqueeze(1)
-            grad_C.masked_fill_(hidden_BT.unsqueeze(2), 0.0)
-        return grad_state, _steps_gradient(sums, delta_BTD, A_DN.dtype), grad_A, grad_C, None
-
-
-def _steps_gradient(sums: list[tuple[int, int, Tensor, Tensor]], delta_BTD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each step size counts in its own token's sum and in all later ones, of later bands too."""
-    grad_delta = torch.zeros_like(delta_BTD)
-    later_BD = torch.zeros_like(delta_BTD[:, :1].sum(1), dtype=dtype)
-    for start, stop, order_K, grad_sum_BKS in reversed(sums):
-        grad_BKS = running_sum(grad_sum_BKS.flip(2)).flip(2).add_(later_BD[:, order_K].unsqueeze(2))
-        _put(grad_BKS, order_K, grad_delta[:, start:stop])
-        later_BD[:, order_K] = grad_BKS[:, :, 0]
-    return grad_delta
-
-
-def _band_backward(
-    band: Band, C_BNS: Tensor, state_BKN: Tensor, grad_BKS: Tensor, scratches: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the summed steps (B, K, S), C (B, N, S), the state (B, K, N) and the rates (K, N) of one band."""
-    grad_sum_BKS, grad_C_BNS = torch.empty_like(grad_BKS), torch.zeros_like(C_BNS)
-    grad_state_BKN, grad_rate_KN = torch.zeros_like(state_BKN), torch.zeros_like(band.rate_KN)
-    for piece in band.pieces():
-        channels, tokens, states_m = piece.channels, piece.tokens, piece.states_m
-        C_Bm1s, state_Bmk1 = piece.of_projection(C_BNS), piece.of_states(state_BKN)
-        term = piece.decay(scratches[0]).mul_(grad_BKS[:, None, channels, tokens])
-        product = torch.mul(term, state_Bmk1, out=scratches[1][: term.numel()].view(term.shape))
-        grad_C_BNS[:, :, tokens].index_add_(1, states_m, product.sum(2))
-        grad_state_BKN[:, channels].index_add_(2, states_m, term.mul_(C_Bm1s).sum(3).transpose(1, 2))
-        product.mul_(C_Bm1s)
-        grad_sum_BKS[:, channels, tokens] = torch.mul(product, piece.rate_mk1, out=term).sum(1)
-        moment_mk = product.mul_(piece.sum_Bks.unsqueeze(1)).sum((0, 3))
-        grad_rate_KN[channels].index_add_(1, states_m, moment_mk.t())
-    return grad_sum_BKS, grad_C_BNS, grad_state_BKN, grad_rate_KN
+            grad_BKN = A_DN.new_zeros(len(delta_BTD), *band.rate_KN.shape)
+            for piece in band.pieces():
+                term = piece.decay(scratch).mul_(grad_BKS[:, None, piece.channels, piece.tokens])
+                part_Bkm = term.mul_(piece.of_projection(C_BNS)).sum(3).transpose(1, 2)
+                grad_BKN[:, piece.channels].index_add_(2, piece.states_m, part_Bkm)
+            grad_state_BDN[:, band.order_K] += grad_BKN
+        return grad_BTD, grad_state_BDN, *(None,) * 7

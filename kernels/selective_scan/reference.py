@@ -46,20 +46,3 @@ def selective_scan_reference(
     if z_BTD is not None:
         y_BTD = y_BTD * F.silu(z_BTD)
     return y_BTD, state_BDN
-
-
-def selective_scan_readout_reference(
-    state_BDN: Tensor,
-    delta_BTD: Tensor,
-    A_DN: Tensor,
-    C_BTN: Tensor,
-    *,
-    document_starts: Tensor | None = None,
-) -> Tensor:
-    """What `state_BDN` adds to the outputs of the tokens after it: the scan with no input."""
-    nothing_BTD = torch.zeros_like(delta_BTD)
-    y_BTD, _ = selective_scan_reference(
-        nothing_BTD, delta_BTD, A_DN, torch.zeros_like(C_BTN), C_BTN,
-        initial_state=state_BDN, document_starts=document_starts,
-    )  # fmt: skip
-    return y_BTD

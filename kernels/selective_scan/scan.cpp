@@ -3,74 +3,17 @@
 // Every vector lane is a channel, so a token's states are N vectors and no sum crosses lanes until a tile is done. The
 // forward may keep the state before every tile; the backward walks the tiles from the right, runs each again from there
 // with its decays and states in cache, and carries the adjoint state. Gradients of B and C are summed over channels as
-// vectors first. Equations: portable.py.
+// vectors first. A state that entered after the forward was done is read out by `enter`, and the backward adds to the
+// kept states what is left of it there. Equations: portable.py, stages.py.
 
-#include "../vectors.h"
-
-extern "C" struct Arguments {  // the order of compiled.py's
-  const void *u, *delta, *A, *B, *C, *D, *z, *bias, *initial;
-  const uint8_t *starts;
-  void *y, *final_state, *checkpoints;
-  const void *grad_y, *grad_final;
-  void *grad_u, *grad_delta, *grad_A, *grad_B, *grad_C, *grad_D, *grad_z, *grad_bias, *grad_initial;
-  int64_t batch, length, channels, states, tile, softplus;
-  int64_t first_block, last_block;  // of channels, in vectors
-  int64_t u_batch, u_token, delta_batch, delta_token, B_batch, B_token, C_batch, C_token, z_batch, z_token, starts_batch;
-};
+#include "scan.h"
 
 namespace {
-
-template <class T> inline Vector<T> sigmoid(Vector<T> x) { return T(1) / (exp2<T>(x * T(-log2_e)) + T(1)); }
-
-// log(1 + y) for y in [0, 1], to full relative precision: 2 artanh(y / (2 + y)).
-template <class T> inline Vector<T> log1p_unit(Vector<T> y) {
-  // brought nearer to one: 1 + y = 2^e m with m below the square root of two
-  const auto upper = y > Vector<T>{} + T(0.41421356237309503);
-  const Vector<T> s = upper ? (y - T(1)) / (y + T(3)) : y / (y + T(2));
-  const Vector<T> square = s * s;
-  Vector<T> sum = Vector<T>{} + T(1.0 / (2 * Lanes<T>::log_terms + 1));
-  for (int k = Lanes<T>::log_terms - 1; k >= 0; --k) sum = sum * square + T(1.0 / (2 * k + 1));
-  return s * sum * T(2) + (upper ? Vector<T>{} + T(ln_2) : Vector<T>{});
-}
-
-// As PyTorch's softplus: the identity above 20.
-template <class T> inline Vector<T> softplus(Vector<T> x) {
-  const Vector<T> size = x < Vector<T>{} ? -x : x;
-  const Vector<T> positive = x < Vector<T>{} ? Vector<T>{} : x;
-  const Vector<T> y = positive + log1p_unit<T>(exp2<T>(size * T(-log2_e)));
-  return x > Vector<T>{} + T(20) ? x : y;
-}
-
-template <class T> struct Block : Rows<T, Arguments> {
-  using Rows<T, Arguments>::Rows, Rows<T, Arguments>::in, Rows<T, Arguments>::b, Rows<T, Arguments>::channel;
-  using Rows<T, Arguments>::lanes, Rows<T, Arguments>::row, Rows<T, Arguments>::parameter;
-  Vector<T> u(int64_t t) const { return row(in.u, in.u_batch, in.u_token, t); }
-  Vector<T> z(int64_t t) const { return row(in.z, in.z_batch, in.z_token, t); }
-  Vector<T> raw_step(int64_t t) const {
-    const Vector<T> raw = row(in.delta, in.delta_batch, in.delta_token, t);
-    return in.bias ? raw + parameter(in.bias) : raw;
-  }
-  Vector<T> step(int64_t t) const { return in.softplus ? softplus<T>(raw_step(t)) : raw_step(t); }
-  const T *B(int64_t t) const { return static_cast<const T *>(in.B) + b * in.B_batch + t * in.B_token; }
-  const T *C(int64_t t) const { return static_cast<const T *>(in.C) + b * in.C_batch + t * in.C_token; }
-  // (D, N) or (B, D, N) to vectors of channels and back
-  void gather(const void *base, bool batched, Vector<T> *to) const {
-    const T *from = static_cast<const T *>(base) + ((batched ? b * in.channels : 0) + channel) * in.states;
-    for (int64_t n = 0; n < in.states; ++n)
-      for (int lane = 0; lane < lanes; ++lane) to[n][lane] = from[lane * in.states + n];
-  }
-  void scatter(const Vector<T> *from, void *base, bool batched) const {
-    T *to = static_cast<T *>(base) + ((batched ? b * in.channels : 0) + channel) * in.states;
-    for (int64_t n = 0; n < in.states; ++n)
-      for (int lane = 0; lane < lanes; ++lane) to[lane * in.states + n] = from[n][lane];
-  }
-  T *checkpoint(int64_t tile) const { return this->kept(tile, in.states); }
-};
 
 template <class T> void forward(const Arguments &in) {
   const FlushSubnormals flush;
   const int64_t N = in.states, blocks = in.last_block - in.first_block;
-  Buffer<T> state(blocks * N), rate(blocks * N);
+  Buffer<T> state(blocks * N), rate(blocks * N), steps(in.tile);
   for (int64_t b = 0; b < in.batch; ++b) {
     for (int64_t i = 0; i < blocks; ++i) {
       const Block<T> block(in, b, in.first_block + i);
@@ -85,8 +28,11 @@ template <class T> void forward(const Arguments &in) {
         Vector<T> *h = state.at(i * N);
         const Vector<T> *A = rate.at(i * N);
         if (in.checkpoints) std::memcpy(block.checkpoint(first / in.tile), h, N * 64);
+        block.steps(first, last, steps.at(0));
+        Vector<T> sum = {};
         for (int64_t t = first; t < last; ++t) {
-          const Vector<T> step = block.step(t), u = block.u(t), input = step * u;
+          const Vector<T> step = *steps.at(t - first), u = block.u(t), input = step * u;
+          sum += step;
           const T *B = block.B(t), *C = block.C(t);
           const T keep = block.starts(t) ? T(0) : T(1);
           Vector<T> y = {};
@@ -102,19 +48,99 @@ template <class T> void forward(const Arguments &in) {
           }
           store(static_cast<T *>(in.y) + block.dense(t), y, block.lanes);
         }
+        if (in.sums) store(static_cast<T *>(in.sums) + block.of_tile(first / in.tile), sum, block.lanes);
       }
     }
-    for (int64_t i = 0; i < blocks; ++i) Block<T>(in, b, in.first_block + i).scatter(state.at(i * N), in.final_state, true);
+    for (int64_t i = 0; i < blocks; ++i)
+      Block<T>(in, b, in.first_block + i).scatter(state.at(i * N), in.final_state, true);
   }
+}
+
+// What `follow` works with.
+template <class T> struct Following {
+  Buffer<T> rate, steps;
+  std::vector<int64_t> which;
+  explicit Following(const Arguments &in) : rate(in.states), steps(in.tile), which(in.states) {}
+};
+
+// Follow states that enter a block of channels for as long as they live, token by token: use(token, decayed states, the
+// number of those that live, which they are), and done(the same without the token) behind every tile.
+template <class T, class Use, class Done>
+void follow(const Block<T> &block, Vector<T> *h, Following<T> &room, Use use, Done done) {
+  const Arguments &in = block.in;
+  const int64_t stop = block.reach();
+  int64_t living = in.states, *which = room.which.data();
+  Vector<T> *A = room.rate.at(0);
+  block.gather(in.A, false, A);
+  for (int64_t n = 0; n < living; ++n) A[n] *= T(log2_e), which[n] = n;
+  for (int64_t first = 0; first < stop; first += in.tile) {
+    const int64_t last = first + in.tile < stop ? first + in.tile : stop, before = living;
+    const Vector<T> sum = block.before(first / in.tile);
+    living = 0;
+    for (int64_t k = 0; k < before; ++k)
+      if (lives<T>(A[k] * sum, block.lanes)) h[living] = h[k], A[living] = A[k], which[living++] = which[k];
+    if (!living) return;
+    block.steps(first, last, room.steps.at(0));
+    for (int64_t t = first; t < last; ++t) {
+      const Vector<T> step = *room.steps.at(t - first);
+      for (int64_t k = 0; k < living; ++k) h[k] *= exp2<T>(step * A[k]);
+      use(t, h, living, which);
+    }
+    done(living, which);
+  }
+}
+
+// Add to the outputs, in place, what the entering states give them.
+template <class T> void enter(const Arguments &in) {
+  const FlushSubnormals flush;
+  Buffer<T> state(in.states);
+  Following<T> room(in);
+  for (int64_t b = 0; b < in.batch; ++b)
+    for (int64_t i = in.first_block; i < in.last_block; ++i) {
+      const Block<T> block(in, b, i);
+      block.gather(in.entering, true, state.at(0));
+      const auto read = [&](int64_t t, const Vector<T> *h, int64_t living, const int64_t *n) {
+        T *to = static_cast<T *>(in.y) + block.dense(t);
+        const T *C = block.C(t);
+        Vector<T> y = load(to, block.lanes);
+        for (int64_t k = 0; k < living; ++k) y += h[k] * C[n[k]];
+        store(to, y, block.lanes);
+      };
+      follow<T>(block, state.at(0), room, read, [](int64_t, const int64_t *) {});
+    }
+}
+
+// Gradients of the entering states: sums over tokens of outputs' gradients, each tile's by itself first.
+template <class T> void enter_backward(const Arguments &in) {
+  const FlushSubnormals flush;
+  Buffer<T> decay(in.states), total(in.states), part(in.states);
+  Following<T> room(in);
+  for (int64_t b = 0; b < in.batch; ++b)
+    for (int64_t i = in.first_block; i < in.last_block; ++i) {
+      const Block<T> block(in, b, i);
+      for (int64_t n = 0; n < in.states; ++n) *decay.at(n) = Vector<T>{} + T(1), *total.at(n) = Vector<T>{};
+      const auto gather = [&](int64_t t, const Vector<T> *left, int64_t living, const int64_t *n) {
+        const Vector<T> grad = block.row(in.grad_y, in.grad_y_batch, in.grad_y_token, t);
+        const T *C = block.C(t);
+        for (int64_t k = 0; k < living; ++k) *part.at(k) += left[k] * (grad * C[n[k]]);
+      };
+      const auto add = [&](int64_t living, const int64_t *n) {
+        for (int64_t k = 0; k < living; ++k) *total.at(n[k]) += *part.at(k), *part.at(k) = Vector<T>{};
+      };
+      follow<T>(block, decay.at(0), room, gather, add);
+      block.scatter(total.at(0), in.grad_entering, true);
+    }
 }
 
 // The vectors a backward works with: of one tile, and of every block of channels.
 template <class T> struct Scratch {
-  Buffer<T> decays, states, steps, grads, B, C;   // of a tile
-  Buffer<T> adjoint, rate, rate_grad, D, bias;    // of the blocks
+  Buffer<T> decays, states, steps, slopes, grads, B, C;  // of a tile
+  Buffer<T> adjoint, rate, entering, rate_grad, D, bias;  // of the blocks
+  std::vector<int64_t> living;                            // tiles of the blocks that the entering state reaches
   Scratch(int64_t tile, int64_t N, int64_t blocks)
-      : decays(tile * N), states((tile + 1) * N), steps(tile), grads(tile), B(tile * N), C(tile * N),
-        adjoint(blocks * N), rate(blocks * N), rate_grad(blocks * N), D(blocks), bias(blocks) {}
+      : decays(tile * N), states((tile + 1) * N), steps(tile), slopes(tile), grads(tile), B(tile * N), C(tile * N),
+        adjoint(blocks * N), rate(blocks * N), entering(blocks * N), rate_grad(blocks * N), D(blocks), bias(blocks),
+        living(blocks) {}
 };
 
 // Run a tile again from its checkpoint; gradients before the gate, and the gate's own.
@@ -123,9 +149,15 @@ template <class T> void recompute(const Block<T> &block, Scratch<T> &s, int64_t 
   const int64_t N = in.states;
   const Vector<T> *A = s.rate.at(i * N);
   std::memcpy(s.states.at(0), block.checkpoint(first / in.tile), N * 64);
+  if (first / in.tile < s.living[i]) {
+    const Vector<T> sum = block.before(first / in.tile);
+    for (int64_t n = 0; n < N; ++n)
+      if (lives<T>(A[n] * sum, block.lanes)) *s.states.at(n) += exp2<T>(A[n] * sum) * *s.entering.at(i * N + n);
+  }
+  block.steps(first, last, s.steps.at(0), s.slopes.at(0));
   for (int64_t t = first; t < last; ++t) {
     const int64_t row = t - first;
-    const Vector<T> step = block.step(t), u = block.u(t), input = step * u;
+    const Vector<T> step = *s.steps.at(row), u = block.u(t), input = step * u;
     const T *B = block.B(t), *C = block.C(t);
     const Vector<T> *before = s.states.at(row * N);
     Vector<T> *now = s.states.at((row + 1) * N), *decay = s.decays.at(row * N);
@@ -134,8 +166,7 @@ template <class T> void recompute(const Block<T> &block, Scratch<T> &s, int64_t 
       decay[n] = exp2<T>(step * A[n]) * keep;
       now[n] = decay[n] * before[n] + input * B[n];
     }
-    *s.steps.at(row) = step;
-    Vector<T> grad = load(static_cast<const T *>(in.grad_y) + block.dense(t), block.lanes);
+    Vector<T> grad = block.row(in.grad_y, in.grad_y_batch, in.grad_y_token, t);
     if (in.z) {
       Vector<T> y = {};
       for (int64_t n = 0; n < N; ++n) y += now[n] * C[n];
@@ -180,10 +211,7 @@ template <class T> void walk_back(const Block<T> &block, Scratch<T> &s, int64_t 
       *s.D.at(i) += grad * u;
     }
     store(static_cast<T *>(in.grad_u) + block.dense(t), u_grad, block.lanes);
-    if (in.softplus) {
-      const Vector<T> raw = block.raw_step(t);
-      step_grad *= raw > Vector<T>{} + T(20) ? Vector<T>{} + T(1) : sigmoid<T>(raw);
-    }
+    if (in.softplus) step_grad *= *s.slopes.at(row);
     if (in.bias) *s.bias.at(i) += step_grad;
     store(static_cast<T *>(in.grad_delta) + block.dense(t), step_grad, block.lanes);
   }
@@ -210,8 +238,13 @@ template <class T> void backward(const Arguments &in) {
     for (int64_t n = 0; n < N; ++n) *s.rate.at(i * N + n) *= T(log2_e);
   }
   for (int64_t b = 0; b < in.batch; ++b) {
-    for (int64_t i = 0; i < blocks; ++i)
-      Block<T>(in, b, in.first_block + i).gather(in.grad_final, true, s.adjoint.at(i * N));
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Block<T> block(in, b, in.first_block + i);
+      block.gather(in.grad_final, true, s.adjoint.at(i * N));
+      if (!in.entering) continue;
+      block.gather(in.entering, true, s.entering.at(i * N));
+      s.living[i] = living_tiles(block, s.rate.at(i * N));
+    }
     for (int64_t first = (in.length - 1) / in.tile * in.tile; first >= 0; first -= in.tile) {
       const int64_t last = first + in.tile < in.length ? first + in.tile : in.length;
       for (int64_t i = 0; i < blocks; ++i) {
@@ -236,6 +269,10 @@ template <class T> void backward(const Arguments &in) {
 }  // namespace
 
 extern "C" {
+void scan_enter_float32(const Arguments *in) { enter<float>(*in); }
+void scan_enter_float64(const Arguments *in) { enter<double>(*in); }
+void scan_enter_backward_float32(const Arguments *in) { enter_backward<float>(*in); }
+void scan_enter_backward_float64(const Arguments *in) { enter_backward<double>(*in); }
 void scan_forward_float32(const Arguments *in) { forward<float>(*in); }
 void scan_forward_float64(const Arguments *in) { forward<double>(*in); }
 void scan_backward_float32(const Arguments *in) { backward<float>(*in); }

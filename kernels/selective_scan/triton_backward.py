@@ -36,16 +36,19 @@ def _recompute(
 
 @triton.jit
 def backward_kernel(
-    u, delta, A_log2, B, C, D, z, bias, starts, grad_y, checkpoints, adjoints, scratch,
+    u, delta, A_log2, B, C, D, z, bias, starts, grad_y, checkpoints, before, entering, reach, adjoints, scratch,
     grad_u, grad_delta, grad_B, grad_C, grad_z, grad_A, grad_D, grad_bias, grad_initial,
     length, channels, states, segment, segments, partial_stride,
     u_strides, delta_strides, B_strides, C_strides, z_strides, grad_strides, starts_stride,
+    reach_stride,
     N_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, CHECK: tl.constexpr, TILE: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a segment, from the adjoint of its last state.
 
     Gradients of B and C are summed over the block's channels first, then added to (partials, B, T, N) in float32, where
     partial_stride is 0 or keeps the blocks apart. Those of A, D and the bias are one partial sum per segment.
+    `entering` (B, N, D), if there is one: a state that the checkpoints do not know of, with the step sizes summed up to
+    each of them (`before`) and the tokens that it can reach.
     """
     d = tl.program_id(0) * D_BLOCK + tl.arange(0, D_BLOCK)
     s = tl.program_id(1)
@@ -80,6 +83,10 @@ def backward_kernel(
     if starts is not None:
         starts += b * starts_stride
     checkpoints += b * tl.cdiv(length, CHECK) * states * channels
+    if entering is not None:
+        entering += b * states * channels
+        before += b * tl.cdiv(length, CHECK) * channels
+        reached = tl.load(reach + b * reach_stride)
     row = b * segments + s
     scratch += (row * tl.num_programs(0) + tl.program_id(0)) * (CHECK // TILE) * N_BLOCK * D_BLOCK
     carry_ND = tl.load(adjoints + row * states * channels + offset_ND, mask=mask_ND, other=0.0)
@@ -91,6 +98,12 @@ def backward_kernel(
         begin = segment_begin + (blocks - 1 - i) * CHECK
         kept_ND = mask_ND & (begin < stop)
         start_ND = tl.load(checkpoints + (begin // CHECK) * states * channels + offset_ND, mask=kept_ND, other=0.0)
+        if entering is not None:
+            # behind a document start nothing is left of it
+            left_ND = mask_ND & (begin < tl.minimum(stop, reached))
+            sum_D = tl.load(before + (begin // CHECK) * channels + d, mask=mask_D & (begin < stop), other=0.0)
+            entering_ND = tl.load(entering + offset_ND, mask=left_ND, other=0.0)
+            start_ND += tl.where(left_ND, tl.exp2(A_ND * sum_D[None, :]) * entering_ND, 0.0)
         _recompute(
             u, delta, B, starts, scratch, start_ND, A_ND, bias_D, begin, stop, u_strides[1], delta_strides[1],
             B_strides[1], d, n, mask_D, mask_N, N_BLOCK, D_BLOCK, CHECK, TILE, SOFTPLUS,

@@ -127,12 +127,15 @@ def pass_kernel(
 
 @triton.jit
 def scan_kernel(
-    u, delta, A_log2, B, C, D, z, bias, starts, entering, checkpoints, y, final,
+    u, delta, A_log2, B, C, D, z, bias, starts, entering, checkpoints, sums, y, final,
     length, channels, states, segment, segments,
     u_strides, delta_strides, B_strides, C_strides, z_strides, starts_stride,
     N_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, CHECK: tl.constexpr, TILE: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of a segment from the state that enters it; its state before every CHECK tokens; the final state."""
+    """Outputs of a segment from the state that enters it; its state before every CHECK tokens; the final state.
+
+    `sums`, if asked for: the step sizes of every CHECK tokens, summed.
+    """
     d = tl.program_id(0) * D_BLOCK + tl.arange(0, D_BLOCK)
     s = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -159,11 +162,15 @@ def scan_kernel(
     if starts is not None:
         starts += b * starts_stride
     checkpoints += b * tl.cdiv(length, CHECK) * states * channels
+    if sums is not None:
+        sums += b * tl.cdiv(length, CHECK) * channels
+    sum_D = tl.zeros([D_BLOCK], dtype=tl.float32)
     state_ND = tl.load(entering + (b * segments + s) * states * channels + offset_ND, mask=mask_ND, other=0.0)
     for i in range(0, tl.cdiv(segment, TILE)):
         first = begin + i * TILE
         if (i % (CHECK // TILE) == 0) & (first < stop):
             tl.store(checkpoints + (first // CHECK) * states * channels + offset_ND, state_ND, mask=mask_ND)
+            sum_D = tl.zeros([D_BLOCK], dtype=tl.float32)
         us = load_rows(u, u_strides[1], first, stop, d, mask_D, TILE)
         raws = load_rows(delta, delta_strides[1], first, stop, d, mask_D, TILE)
         Bs = load_rows(B, B_strides[1], first, stop, n, mask_N, TILE)
@@ -175,9 +182,13 @@ def scan_kernel(
         for j in tl.static_range(TILE):
             decay_ND = tl.exp2(A_ND * steps[j][None, :]) * keeps[j]
             state_ND = decay_ND * state_ND + Bs[j][:, None] * (steps[j] * us[j])[None, :]
+            sum_D += steps[j]
             y_D = tl.sum(state_ND * Cs[j][:, None], axis=0) + skip_D * us[j]
             if z is not None:
                 y_D *= zs[j] * sigmoid(zs[j])
             tl.store(y + (first + j) * channels + d, y_D.to(y.dtype.element_ty), mask=mask_D & (first + j < stop))
+        if sums is not None:
+            # again with every tile; the last one of the CHECK tokens has the sum of all
+            tl.store(sums + (first // CHECK) * channels + d, sum_D, mask=mask_D & (first < stop))
     if s == segments - 1:
         tl.store(final + b * states * channels + offset_ND, state_ND, mask=mask_ND)

@@ -21,9 +21,16 @@ from torch import Tensor
 
 from .. import triton_support
 from ..autograd import first_order
+from ..documents import first_start
 from ..triton_support import as_bytes, batch_strides, interpreting, power_of_two, processors, rows_contiguous
+from .stages import Entering
 from .triton_backward import backward_kernel
 from .triton_forward import pass_kernel, scan_kernel, summary_kernel
+
+
+def kept_every() -> int:
+    """Tokens between kept states."""
+    return 4 if interpreting() else 64
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,9 @@ class ScanPlan:
         """Programs of one warp, a lane per channel, enough of them to hide each other's latency."""
         state_block = power_of_two(states)
         if interpreting():
-            return ScanPlan(8, -(-length // 8), min(16, power_of_two(channels)), state_block, 4, 2, 1)
+            return ScanPlan(8, -(-length // 8), min(16, power_of_two(channels)), state_block, kept_every(), 2, 1)
         channel_block = min(32, max(16, power_of_two(channels))) if state_block < 256 else 16
-        check, tile = 64, 2 if state_block <= 16 else 1
+        check, tile = kept_every(), 2 if state_block <= 16 else 1
         warps = max(1, min(8, state_block // 16))  # about sixteen states a lane: the backward then fits in registers
         wanted = 32 * processors(device)
         segments = -(-wanted // max(batch * -(-channels // channel_block), 1))
@@ -130,6 +137,7 @@ class TritonSelectiveScan(torch.autograd.Function):
         initial_BDN: Tensor,
         starts_BT: Tensor | None,
         softplus: bool,
+        entering: Entering | None = None,
     ) -> tuple[Tensor, Tensor]:
         batch, length, channels = u_BTD.shape
         states = A_DN.shape[1]
@@ -140,31 +148,37 @@ class TritonSelectiveScan(torch.autograd.Function):
         inputs = _Inputs(
             u_BTD, delta_BTD, A_log2_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, as_bytes(starts_BT), softplus, plan
         )
-        entering = inputs.entering(initial_BDN.transpose(1, 2))
-        checkpoints = initial_BDN.new_empty(batch, -(-length // plan.check), states, channels)
+        carried = inputs.entering(initial_BDN.transpose(1, 2))
+        checks = -(-length // plan.check)
+        checkpoints = initial_BDN.new_empty(batch, checks, states, channels)
+        sums_BKD = None if entering is None else initial_BDN.new_empty(batch, checks, channels)
         y_BTD = torch.empty(batch, length, channels, dtype=u_BTD.dtype, device=u_BTD.device)
         final_BND = initial_BDN.new_empty(batch, states, channels)
         triton_support.launch(
             scan_kernel, (plan.blocks(channels), plan.segments, batch),
-            u_BTD, delta_BTD, A_log2_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, inputs.starts_BT, entering, checkpoints,
-            y_BTD, final_BND, length, channels, states, plan.segment, plan.segments, *inputs.strides(),
+            u_BTD, delta_BTD, A_log2_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, inputs.starts_BT, carried, checkpoints,
+            sums_BKD, y_BTD, final_BND, length, channels, states, plan.segment, plan.segments, *inputs.strides(),
             inputs.starts_stride(), CHECK=plan.check, TILE=plan.tile, SOFTPLUS=softplus, **plan.options(),
         )  # fmt: skip
         saved = (u_BTD, delta_BTD, A_log2_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, inputs.starts_BT)
-        ctx.save_for_backward(*saved, checkpoints)
-        ctx.softplus, ctx.plan = softplus, plan
+        before_BKD = None if entering is None or sums_BKD is None else entering.note(sums_BKD)
+        ctx.save_for_backward(*saved, checkpoints, before_BKD)
+        ctx.softplus, ctx.plan, ctx.entering = softplus, plan, entering
         return y_BTD, final_BND.transpose(1, 2).contiguous()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_y_BTD, grad_final_BDN = rows_contiguous(grads[0]), grads[1]
-        *saved, checkpoints = ctx.saved_tensors
+        *saved, checkpoints, before_BKD = ctx.saved_tensors
         plan: ScanPlan = ctx.plan
         u_BTD, delta_BTD, A_log2_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT = saved
         inputs = _Inputs(u_BTD, delta_BTD, A_log2_ND, B_BTN, C_BTN, D, z_BTD, delta_bias, starts_BT, ctx.softplus, plan)
         batch, length, channels, states = inputs.sizes
         adjoints = inputs.entering(grad_final_BDN.transpose(1, 2), grad_y_BTD)
+        state_BND = reach = None
+        if ctx.entering is not None and ctx.entering.state_BDN is not None:
+            state_BND, reach = ctx.entering.state_BDN.transpose(1, 2).contiguous(), tokens_reached(starts_BT, u_BTD)
         blocks = plan.blocks(channels)
         partials = blocks if torch.are_deterministic_algorithms_enabled() else 1
         grad_B, grad_C = checkpoints.new_zeros(2, partials, batch, length, states).unbind(0)
@@ -182,14 +196,23 @@ class TritonSelectiveScan(torch.autograd.Function):
             batch * plan.segments * blocks, plan.check // plan.tile, plan.state_block, plan.channel_block
         )
         triton_support.launch(
-            backward_kernel, (blocks, plan.segments, batch), *saved, grad_y_BTD, checkpoints, adjoints, scratch,
+            backward_kernel, (blocks, plan.segments, batch), *saved, grad_y_BTD, checkpoints,
+            before_BKD, state_BND, reach, adjoints, scratch,
             grad_u, grad_delta, grad_B, grad_C, grad_z, grad_A, grad_D, grad_bias, grad_initial_BND,
             length, channels, states, plan.segment, plan.segments, batch * length * states if partials > 1 else 0,
-            *inputs.strides(), batch_strides(grad_y_BTD), inputs.starts_stride(),
+            *inputs.strides(), batch_strides(grad_y_BTD), inputs.starts_stride(), batch_strides(reach)[0],
             CHECK=plan.check, TILE=plan.tile, SOFTPLUS=ctx.softplus, **plan.options(),
         )  # fmt: skip
         return (
             grad_u, grad_delta, grad_A.sum((0, 1)).t(), grad_B.sum(0).to(inputs.B_BTN.dtype),
             grad_C.sum(0).to(inputs.C_BTN.dtype), None if grad_D is None else grad_D.sum((0, 1)), grad_z,
             None if grad_bias is None else grad_bias.sum((0, 1)), grad_initial_BND.transpose(1, 2), None, None,
+            None,
         )  # fmt: skip
+
+
+def tokens_reached(starts_BT: Tensor | None, like_BTD: Tensor) -> Tensor:
+    """(B or 1, 1) int64: tokens before the first document start."""
+    if starts_BT is None:
+        return torch.full((1, 1), like_BTD.shape[1], device=like_BTD.device)
+    return first_start(starts_BT.bool()).unsqueeze(1)

@@ -49,7 +49,7 @@ def wkv4(
     starts_BT = checked_starts(document_starts, batch, length)
     dtype = state_dtype(k_BTD, v_BTD, log_decay_D, bonus_D, initial_state)
     if initial_state is None:
-        initial_state = torch.tensor(EMPTY, dtype=dtype, device=k_BTD.device).expand(batch, channels, 3)
+        initial_state = _empty(k_BTD, dtype)
     function: type[torch.autograd.Function] = Wkv4
     if triton_support.takes(k_BTD, v_BTD, log_decay_D, bonus_D, initial_state):
         from .triton_wkv4 import TritonWkv4 as function
@@ -77,7 +77,7 @@ def wkv4_state(k_BTD: Tensor, v_BTD: Tensor, log_decay_D: Tensor, *, document_st
         from .triton_state import TritonWkv4State
 
         return TritonWkv4State.apply(k_BTD, v_BTD, log_decay_D.to(dtype), starts_BT)
-    nothing = torch.tensor(EMPTY, dtype=dtype, device=k_BTD.device).expand(batch, channels, 3)
+    nothing = _empty(k_BTD, dtype)
     if compiled.takes(k_BTD, v_BTD, dtype):
         return compiled.CompiledWkv4.apply(k_BTD, v_BTD, log_decay_D.to(dtype), None, nothing, starts_BT)[1]
     return walk(
@@ -88,6 +88,12 @@ def wkv4_state(k_BTD: Tensor, v_BTD: Tensor, log_decay_D: Tensor, *, document_st
         segment=segment_tokens(64, 2 * batch * channels, k_BTD.device),
         starts_BT=starts_BT,
     )[1]
+
+
+def _empty(k_BTD: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, D, 3): states that have seen nothing. Made where they are needed: a copy from the CPU would be waited for."""
+    numbers = [torch.full((), number, dtype=dtype, device=k_BTD.device) for number in EMPTY]
+    return torch.stack(numbers).expand(k_BTD.shape[0], k_BTD.shape[2], 3)
 
 
 def _check(operation: str, k_BTD: Tensor, v_BTD: Tensor, log_decay_D: Tensor) -> None:

@@ -12,7 +12,7 @@ from .. import triton_support
 from ..documents import checked_starts
 from ..segments import expect_shape, segment_tokens, state_dtype, walk
 from .portable import CHUNK, PAIRWISE_CHUNK, is_moderate, segment
-from .stages import Plan, Wkv7Stages
+from .stages import Plan, Wkv7Stages, portable_stages
 
 __all__ = ["Wkv7Stages", "begin_wkv7", "wkv7"]
 
@@ -39,7 +39,8 @@ def wkv7(
         document_starts: boolean (B or 1, T); at a True token the state before it is forgotten.
 
     Computes in float32, or in float64 if any argument is. Memory is that of the arguments, a few chunks, and one state
-    per segment. Decays beyond exp(-60) within 32 tokens are handled, but slower.
+    per segment, which on Triton is 32 tokens. Without Triton, decays beyond exp(-60) within 32 tokens are handled, but
+    slower.
 
     Raises:
         ValueError: if shapes do not agree.
@@ -90,19 +91,27 @@ def begin_wkv7(
     `transition` are needed last.
 
     Arguments and errors are those of `wkv7`, r's those of `Wkv7Stages.compute_local`. Between the stages, and for the
-    backward pass, there are two matrices for each chunk of 32 tokens (8 if decays are strong) and three vectors a token
-    beside the arguments. The stages are PyTorch on every device, a GPU too: Triton's kernel walks token by token and
-    would have to walk twice, for what leaves and for the outputs.
+    backward pass, there are beside the arguments two matrices for each chunk of 32 tokens (without Triton 8, if decays
+    are strong), the outputs, and what each token asks the state that enters; also, on Triton, two triangular matrices
+    of each chunk, otherwise two vectors a token. On Triton states pass from chunk to chunk inside a kernel, and nothing
+    waits for the GPU; where heads are wider than a program holds, PyTorch does it there, chunk by chunk.
     """
     batch, length, heads, width = k_BTHN.shape
     sequences = (log_w_BTHN, k_BTHN, v_BTHN, a_BTHN, b_BTHN)
     for name, tensor in zip(("log_w_BTHN", "k_BTHN", "v_BTHN", "a_BTHN", "b_BTHN"), sequences, strict=True):
         expect_shape("wkv7", name, tensor, (batch, length, heads, width))
     starts_BT = checked_starts(document_starts, batch, length)
+    if triton_support.takes(*sequences):
+        from .triton_wkv7 import WIDEST
+
+        if width <= WIDEST:
+            from .triton_stages import triton_stages
+
+            return triton_stages(sequences, starts_BT)
     moderate = is_moderate(log_w_BTHN, CHUNK)
     chunk = min(CHUNK if moderate else PAIRWISE_CHUNK, max(length, 1))
     step = _segment(chunk, batch * heads * width, width, k_BTHN.device) // chunk
-    return Wkv7Stages(Plan(length, chunk, step, moderate, state_dtype(*sequences), starts_BT), *sequences)
+    return portable_stages(Plan(length, chunk, step, moderate, state_dtype(*sequences), starts_BT), sequences)
 
 
 def _segment(chunk: int, elements: int, width: int, device: torch.device) -> int:

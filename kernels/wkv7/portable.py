@@ -41,7 +41,7 @@ def by_token(x_MBHQN: Tensor, length: int) -> Tensor:
 
 
 def is_moderate(log_w_BTHN: Tensor, chunk: int) -> bool:
-    """Whether no chunk of the sequence decays by more than exp(-MODERATE)."""
+    """Whether no chunk of the sequence decays by more than exp(-MODERATE). Waits for a GPU."""
     if not log_w_BTHN.numel():
         return True
     return float(chunked(log_w_BTHN.detach().float(), chunk).sum(2).abs().amax()) <= MODERATE

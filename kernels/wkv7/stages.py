@@ -16,6 +16,7 @@ Legend: as in portable.py; a chunk's tensors (M, B, H, Q, N), E (M, B, H, 2 N, N
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,10 @@ class Plan:
         starts_BT = None if self.starts_BT is None else self.starts_BT[:, self.tokens(piece)]
         return Decays.of(log_w, starts_BT, self.moderate)
 
-    def slot(self, like_BTHN: Tensor) -> Tensor:
-        return torch.zeros((), dtype=self.dtype, device=like_BTHN.device).expand(like_BTHN.shape)
+
+def slot(shape: Sequence[int], like: Tensor) -> Tensor:
+    """See above; of the dtype, and on the device, of `like`."""
+    return like.new_zeros(()).expand(shape)
 
 
 class States(torch.autograd.Function):
@@ -93,7 +96,7 @@ class States(torch.autograd.Function):
                 passing[index + 1, :, :, :width] += C
         ctx.plan = plan
         ctx.save_for_backward(*sequences, passing)
-        slots = (plan.slot(x) for x in (log_w_BTHN, k_BTHN, v_BTHN, b_BTHN))
+        slots = (slot(x.shape, answers) for x in (log_w_BTHN, k_BTHN, v_BTHN, b_BTHN))
         return answers, passing, passing[-1].clone(), *slots
 
     @staticmethod
@@ -180,10 +183,14 @@ class Wkv7Stages:
             added; zero where a document begins in the sequence.
     """
 
-    def __init__(self, plan: Plan, *stored: Tensor) -> None:
-        log_w_BTHN, k_BTHN, v_BTHN, _, b_BTHN = stored
-        self._plan, self._read = plan, [x.detach() for x in (log_w_BTHN, k_BTHN, v_BTHN, b_BTHN)]
-        self._answers, self._passing, leaving, *self._slots = States.apply(plan, *stored)
+    def __init__(
+        self,
+        leaving: Tensor,
+        local: Callable[[Tensor], tuple[Tensor, Tensor]],
+        shape: tuple[int, ...],
+    ) -> None:
+        """The E that leaves, and what gives y from zero and z, (B, H, T or more, N), for an r of this shape."""
+        self._local, self._shape = local, shape
         self.leaving, self.transition = leaving.chunk(2, -2)
 
     def compute_local(self, r_BTHN: Tensor) -> None:
@@ -192,9 +199,8 @@ class Wkv7Stages:
         Raises:
             ValueError: unless r has the shape of the other sequences.
         """
-        expect_shape("wkv7", "r_BTHN", r_BTHN, tuple(self._read[0].shape))
-        tensors = self._answers, self._passing, *self._slots
-        self._y, self._z = Local.apply(self._plan, r_BTHN, *self._read, *tensors)
+        expect_shape("wkv7", "r_BTHN", r_BTHN, self._shape)
+        self._y, self._z = self._local(r_BTHN)
         self._dtype = r_BTHN.dtype
 
     def finish(self, entering_BHNN: Tensor) -> Tensor:
@@ -205,5 +211,17 @@ class Wkv7Stages:
         """
         expect_shape("wkv7", "entering_BHNN", entering_BHNN, tuple(self.leaving.shape))
         y, z = self._y.flatten(0, 1), self._z.flatten(0, 1)
-        y = torch.baddbmm(y, z, entering_BHNN.to(self._plan.dtype).flatten(0, 1).mT).view_as(self._y)
-        return y.transpose(1, 2)[:, : self._plan.length].to(self._dtype).contiguous()
+        y = torch.baddbmm(y, z, entering_BHNN.to(self.leaving.dtype).flatten(0, 1).mT).view(self._y.shape)
+        return y.transpose(1, 2)[:, : self._shape[1]].to(self._dtype).contiguous()
+
+
+def portable_stages(plan: Plan, stored: tuple[Tensor, ...]) -> Wkv7Stages:
+    """The stages in PyTorch; see `begin_wkv7`, which checks the arguments."""
+    log_w_BTHN, k_BTHN, v_BTHN, _, b_BTHN = stored
+    answers, passing, leaving, *slots = States.apply(plan, *stored)
+    read = [x.detach() for x in (log_w_BTHN, k_BTHN, v_BTHN, b_BTHN)]
+
+    def local(r_BTHN: Tensor) -> tuple[Tensor, Tensor]:
+        return Local.apply(plan, r_BTHN, *read, answers, passing, *slots)
+
+    return Wkv7Stages(leaving, local, tuple(k_BTHN.shape))

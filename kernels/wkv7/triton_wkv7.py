@@ -1,136 +1,205 @@
-"""RWKV-7's recurrence on a GPU: one sequential walk per head with the state in registers.
+"""RWKV-7's recurrence on a GPU: chunks in parallel, states between them in order, each step one launch.
 
-S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T and y_t = S_t r_t. Rows of S (values) do not meet, so the forward
-shares them out over programs. The forward keeps a state for every CHECK tokens; the backward makes those between them
-again in scratch memory and holds a whole head, because the gradients of r, w, k, a and b are sums over the rows:
-with G_t the adjoint of S_t and q_t = S_{t-1} a_t,
-    dr = S_t^T dy,  dv = G k,  dk = G^T v,  db = G^T q,  da = S_{t-1}^T G b,  dw = sum_v G S_{t-1},
-    G_{t-1} = G_t diag(w) + (G_t b) a^T + dy_{t-1} r_{t-1}^T.
+`systems_kernel` solves the triangular system of every chunk; `transition_kernel` makes what each chunk does to a state,
+S' = S P + C, and `pass_kernel` walks with it from chunk to chunk, some rows of a state in the registers of a program:
+rows do not meet. `output_kernel` has the outputs. In the backward pass `output_gradient_kernel` has r's gradient and
+what the outputs give everything else, `pass_kernel` in reverse the adjoints, the other two gradient kernels the rest.
+P and C are N / Q as large as the keys and the values: they, and for a whole sequence everything but the states, exist
+for a piece of the chunks at a time, and are made again for the backward pass.
 
-Legend: B batch, T tokens, H heads, N head width; V values (rows) and K keys (columns) of a state, both N.
+Why chunks, and not a walk from token to token: that is, for 65,536 tokens, as many steps of dependent reductions, a
+microsecond or so each, in the few programs that rows of 32 or 64 heads make; and more backward, where one program must
+hold a head, its gradients being sums over rows: half of the processors, a few tenths of a second. Why not batched
+products of PyTorch: for heads of 64 in stages they read and write 62 KB a token and head forward and 157 backward, as
+counted; the kernels read and write about 7 and 20. With 64 heads and 65,536 tokens forward, that is 80 ms and 10 at 3.2
+TB/s. PyTorch's walk would be 4,096 launches, 65,536 for a million tokens; here it is one a piece. The 0.5 TFLOP of
+products are 3 ms in TF32, taken three times. None of this has been timed.
+
+For its backward pass a whole sequence keeps a state for each chunk of 32 tokens.
+
+Legend: B batch, T tokens, H heads, N head width, V rows of a state (N, or 2 N in stages), M chunks, Q tokens of one.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .. import triton_support
 from ..autograd import first_order
-from ..triton_support import as_bytes, batch_strides, interpreting, power_of_two
+from ..segments import segment_tokens
+from ..triton_support import interpreting, power_of_two, rows_contiguous
+from .triton_chunks import output_kernel, pass_kernel, systems_kernel, transition_kernel
+from .triton_gradients import output_gradient_kernel, pair_gradient_kernel, state_gradient_kernel
 
+Piece = tuple[int, int]
 WIDEST = 128  # head width that a program holds
+ROWS = 16  # of a state at a time: the fewest that a product takes, and what leaves most registers
 
 
-@triton.jit
-def _row(x, at, n, mask):
-    return tl.load(x + at + n, mask=mask, other=0.0).to(tl.float32)
+@dataclass(frozen=True)
+class Chunks:
+    """A sequence prepared for the kernels, and what they make of some of its chunks.
+
+    A piece is (first chunk, how many); tensors of chunks that are given with one, or come of it, begin with that chunk.
+    """
+
+    log_w: Tensor  # minus infinity where a document begins
+    k: Tensor
+    v: Tensor
+    a: Tensor  # zero where a document begins
+    b: Tensor
+    starts_BT: Tensor | None
+    chunk: int
+    step: int  # chunks of a piece
+
+    @staticmethod
+    def prepare(sequences: Sequence[Tensor], starts_BT: Tensor | None) -> Chunks:
+        log_w, k, v, a, b = sequences
+        batch, _, heads, width = k.shape
+        if starts_BT is not None:
+            log_w = log_w.masked_fill(starts_BT[..., None, None], -torch.inf)
+            a = a.masked_fill(starts_BT[..., None, None], 0.0)
+        chunk = 16 if interpreting() else 32
+        step = segment_tokens(chunk, batch * heads * width * max(1, width // chunk), k.device) // chunk
+        log_w, k, v, a, b = (rows_contiguous(x) for x in (log_w, k, v, a, b))
+        return Chunks(log_w, k, v, a, b, starts_BT, chunk, step)
+
+    @property
+    def whole(self) -> Piece:
+        return 0, -(-self.k.shape[1] // self.chunk)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        count = self.whole[1]
+        return [(first, min(self.step, count - first)) for first in range(0, count, self.step)]
+
+    def fresh(self, count: int, *shape: int) -> Tensor:
+        """(`count` chunks, B, H, *shape)"""
+        size = count, self.k.shape[0], self.k.shape[2], *shape
+        return torch.empty(size, dtype=torch.float32, device=self.k.device)
+
+    def part_shapes(self) -> list[tuple[int, ...]]:
+        """Of the outputs' part in the gradients of log w, k, v, A~, b and A_ak, without those of `fresh`."""
+        return [(self.chunk, self.k.shape[3])] * 5 + [(self.chunk, self.chunk)]
+
+    def systems(self, piece: Piece) -> Tensor:
+        """T and W, (M, B, H, 2, Q, Q)."""
+        inner = self.fresh(piece[1], 2, self.chunk, self.chunk)
+        used = self.log_w, self.k, self.a, self.b
+        triton_support.launch(
+            systems_kernel, self._grid(piece), *used, inner, piece[0], *self._sizes(),
+            *(x.stride()[:3] for x in used), **self._options(),
+        )  # fmt: skip
+        return inner
+
+    def states(self, piece: Piece, inner: Tensor, passing: Tensor) -> None:
+        """The states (M + 1, B, H, V, N) before each chunk and after the last, from the first, which is given."""
+        transition = self.fresh(piece[1], *passing.shape[4:] * 2)
+        added = torch.empty_like(transition)
+        self._transitions(piece, inner, transition, added)
+        self._pass(piece, transition, added, passing, None)
+
+    def adjoints(self, piece: Piece, inner: Tensor, grad_passing: Tensor, outermost: Tensor) -> None:
+        """The adjoints of the states after each chunk in the place of the outputs' part of those before it, and that of
+        the state before the first in the place of `outermost`, that of the last."""
+        transition = self.fresh(piece[1], *grad_passing.shape[4:] * 2)
+        self._transitions(piece, inner, transition, None)
+        self._pass(piece, transition, None, grad_passing, outermost)
+
+    def outputs(self, piece: Piece, r: Tensor, inner: Tensor, passing: Tensor, y_BTHV: Tensor) -> None:
+        triton_support.launch(
+            output_kernel, self._grid(piece), r, *self._sequences(), inner, passing, y_BTHV, piece[0],
+            *self._sizes(passing), r.stride()[:3], *self._strides(), y_BTHV.stride()[:3], V_BLOCK=ROWS,
+            **self._options(),
+        )  # fmt: skip
+
+    def output_gradients(
+        self, piece: Piece, r: Tensor, inner: Tensor, passing: Tensor, grad_y_BTHV: Tensor, grad_r: Tensor,
+        grad_passing: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
+        """Writes r's gradient and the outputs' part in those of the states; returns that in the others."""
+        parts = [self.fresh(piece[1], *shape) for shape in self.part_shapes()]
+        grad_y_BTHV = rows_contiguous(grad_y_BTHV)
+        triton_support.launch(
+            output_gradient_kernel, self._grid(piece), r, *self._sequences(), inner, passing, grad_y_BTHV, grad_r,
+            *parts, grad_passing, piece[0], *self._sizes(passing), r.stride()[:3], *self._strides(),
+            grad_y_BTHV.stride()[:3], V_BLOCK=ROWS, **self._options(),
+        )  # fmt: skip
+        return parts
+
+    def gradients(
+        self, piece: Piece, inner: Tensor, passing: Tensor, adjoints: Tensor, parts: Sequence[Tensor],
+        grads: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        """Writes those of log w, k, v, a and b, given the parts of the outputs, which are used up."""
+        part_w, part_k, part_v, part_a, part_b, part_ak = parts
+        grad_w, grad_k, grad_v, grad_a, grad_b = grads
+        crossing = self.fresh(piece[1], self.k.shape[3])
+        triton_support.launch(
+            state_gradient_kernel, self._grid(piece), *self._sequences(), inner, passing, adjoints, crossing,
+            part_k, part_v, part_a, part_b, part_ak, grad_v, piece[0], *self._sizes(passing), *self._strides(),
+            V_BLOCK=ROWS, **self._options(),
+        )  # fmt: skip
+        used = self.log_w, self.k, self.a, self.b
+        triton_support.launch(
+            pair_gradient_kernel, self._grid(piece), *used, inner, crossing, part_w, part_k, part_a, part_b, part_ak,
+            grad_w, grad_k, grad_a, grad_b, piece[0], *self._sizes(), *(x.stride()[:3] for x in used),
+            **self._options(),
+        )  # fmt: skip
+
+    def forget(self, grads: Sequence[Tensor]) -> None:
+        """Nothing crosses a document's first token, and its a finds nothing."""
+        if self.starts_BT is not None:
+            for grad in (grads[0], grads[3]):
+                grad.masked_fill_(self.starts_BT[..., None, None], 0.0)
+
+    def _transitions(self, piece: Piece, inner: Tensor, transition: Tensor, added: Tensor | None) -> None:
+        triton_support.launch(
+            transition_kernel, self._grid(piece), *self._sequences(), inner, transition, added, piece[0],
+            *self._sizes(), *self._strides(), **self._options(),
+        )  # fmt: skip
+
+    def _pass(
+        self, piece: Piece, transition: Tensor, added: Tensor | None, passing: Tensor, outermost: Tensor | None
+    ) -> None:
+        _, batch, heads, values, width = passing.shape
+        triton_support.launch(
+            pass_kernel, (-(-values // ROWS), heads, batch), transition, added, passing, outermost, piece[1], heads,
+            values, width, V_BLOCK=ROWS, N_BLOCK=max(16, power_of_two(width)), REVERSE=outermost is not None,
+            num_warps=8, num_stages=1,
+        )  # fmt: skip
+
+    def _sequences(self) -> tuple[Tensor, ...]:
+        return self.log_w, self.k, self.v, self.a, self.b
+
+    def _strides(self) -> list[tuple[int, ...]]:
+        return [x.stride()[:3] for x in self._sequences()]
+
+    def _sizes(self, passing: Tensor | None = None) -> tuple[int, ...]:
+        """length, heads, the states' rows if there are any, width: in the order of the kernels' arguments."""
+        _, length, heads, width = self.k.shape
+        return (length, heads, width) if passing is None else (length, heads, passing.shape[3], width)
+
+    def _grid(self, piece: Piece) -> tuple[int, int, int]:
+        return piece[1], self.k.shape[2], self.k.shape[0]
+
+    def _options(self) -> dict[str, Any]:
+        width = max(16, power_of_two(self.k.shape[3]))
+        return {"Q": self.chunk, "N_BLOCK": width, "num_warps": 4 if width <= 64 else 8, "num_stages": 1}
 
 
-@triton.jit
-def _step(state_VK, w_K, k_K, v_V, a_K, b_K):
-    """The next state, and what the old one answers to a."""
-    answer_V = tl.sum(state_VK * a_K[None, :], axis=1)
-    return state_VK * w_K[None, :] + answer_V[:, None] * b_K[None, :] + v_V[:, None] * k_K[None, :], answer_V
-
-
-@triton.jit
-def wkv7_kernel(
-    r, log_w, k, v, a, b, starts, initial, checkpoints, y, final, length, heads, width, starts_stride,
-    V_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CHECK: tl.constexpr,
-):  # fmt: skip
-    """Outputs of V_BLOCK rows, their state before every CHECK tokens, and the last one."""
-    first, i = tl.program_id(0).to(tl.int64) * V_BLOCK, tl.arange(0, V_BLOCK)
-    rows = first + i
-    h, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    keys = tl.arange(0, K_BLOCK)
-    mask_V, mask_K = rows < width, keys < width
-    mask_VK = mask_V[:, None] & mask_K[None, :]
-    offset_VK = i[:, None] * width + keys[None, :]
-    whole = (batch * heads + h) * width * width + first * width
-    state_VK = tl.load(initial + whole + offset_VK, mask=mask_VK, other=0.0)
-    checks = tl.cdiv(length, CHECK)
-    for t in range(0, length):
-        if t % CHECK == 0:
-            kept = ((batch * heads + h) * checks + t // CHECK) * width * width + first * width
-            tl.store(checkpoints + kept + offset_VK, state_VK, mask=mask_VK)
-        if starts is not None:
-            state_VK = tl.where(tl.load(starts + batch * starts_stride + t) != 0, 0.0, state_VK)
-        at = ((batch * length + t) * heads + h) * width
-        w_K, k_K = tl.exp(_row(log_w, at, keys, mask_K)), _row(k, at, keys, mask_K)
-        a_K, b_K = _row(a, at, keys, mask_K), _row(b, at, keys, mask_K)
-        state_VK, _ = _step(state_VK, w_K, k_K, _row(v, at, rows, mask_V), a_K, b_K)
-        y_V = tl.sum(state_VK * _row(r, at, keys, mask_K)[None, :], axis=1)
-        tl.store(y + at + rows, y_V.to(y.dtype.element_ty), mask=mask_V)
-    tl.store(final + whole + offset_VK, state_VK, mask=mask_VK)
-
-
-@triton.jit
-def wkv7_gradient_kernel(
-    r, log_w, k, v, a, b, starts, checkpoints, scratch, grad_y, grad_final,
-    grad_r, grad_w, grad_k, grad_v, grad_a, grad_b, grad_initial, length, heads, width, starts_stride,
-    BLOCK: tl.constexpr, CHECK: tl.constexpr,
-):  # fmt: skip
-    """All gradients of one head of one sequence."""
-    h, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.arange(0, BLOCK)
-    mask = n < width
-    mask_VK = mask[:, None] & mask[None, :]
-    offset_VK = n[:, None] * width + n[None, :]
-    scratch_VK = n[:, None] * BLOCK + n[None, :]
-    checks = tl.cdiv(length, CHECK)
-    scratch += (batch * heads + h) * CHECK * BLOCK * BLOCK
-    adjoint_VK = tl.load(grad_final + (batch * heads + h) * width * width + offset_VK, mask=mask_VK, other=0.0)
-    for i in range(0, checks):
-        begin = (checks - 1 - i) * CHECK
-        kept = checkpoints + ((batch * heads + h) * checks + (checks - 1 - i)) * width * width
-        state_VK = tl.load(kept + offset_VK, mask=mask_VK, other=0.0)
-        stop = tl.minimum(begin + CHECK, length)
-        for t in range(begin, stop):
-            if starts is not None:
-                state_VK = tl.where(tl.load(starts + batch * starts_stride + t) != 0, 0.0, state_VK)
-            tl.store(scratch + tl.cast(t - begin, tl.int64) * BLOCK * BLOCK + scratch_VK, state_VK)
-            at = ((batch * length + t) * heads + h) * width
-            w_K, k_K, v_V = tl.exp(_row(log_w, at, n, mask)), _row(k, at, n, mask), _row(v, at, n, mask)
-            state_VK, _ = _step(state_VK, w_K, k_K, v_V, _row(a, at, n, mask), _row(b, at, n, mask))
-        tl.debug_barrier()
-        for j in range(0, stop - begin):
-            t = stop - 1 - j
-            at = ((batch * length + t) * heads + h) * width
-            before_VK = tl.load(scratch + tl.cast(t - begin, tl.int64) * BLOCK * BLOCK + scratch_VK)
-            w_K, k_K, v_V = tl.exp(_row(log_w, at, n, mask)), _row(k, at, n, mask), _row(v, at, n, mask)
-            a_K, b_K, r_K = _row(a, at, n, mask), _row(b, at, n, mask), _row(r, at, n, mask)
-            dy_V = _row(grad_y, at, n, mask)
-            after_VK, answer_V = _step(before_VK, w_K, k_K, v_V, a_K, b_K)
-            adjoint_VK += dy_V[:, None] * r_K[None, :]
-            grad_answer_V = tl.sum(adjoint_VK * b_K[None, :], axis=1)
-            grad_r_K = tl.sum(after_VK * dy_V[:, None], axis=0)
-            grad_w_K = tl.sum(adjoint_VK * before_VK, axis=0) * w_K
-            grad_k_K = tl.sum(adjoint_VK * v_V[:, None], axis=0)
-            grad_b_K = tl.sum(adjoint_VK * answer_V[:, None], axis=0)
-            grad_a_K = tl.sum(before_VK * grad_answer_V[:, None], axis=0)
-            grad_v_V = tl.sum(adjoint_VK * k_K[None, :], axis=1)
-            tl.store(grad_r + at + n, grad_r_K.to(grad_r.dtype.element_ty), mask=mask)
-            tl.store(grad_w + at + n, grad_w_K.to(grad_w.dtype.element_ty), mask=mask)
-            tl.store(grad_k + at + n, grad_k_K.to(grad_k.dtype.element_ty), mask=mask)
-            tl.store(grad_v + at + n, grad_v_V.to(grad_v.dtype.element_ty), mask=mask)
-            tl.store(grad_a + at + n, grad_a_K.to(grad_a.dtype.element_ty), mask=mask)
-            tl.store(grad_b + at + n, grad_b_K.to(grad_b.dtype.element_ty), mask=mask)
-            adjoint_VK = adjoint_VK * w_K[None, :] + grad_answer_V[:, None] * a_K[None, :]
-            if starts is not None:
-                adjoint_VK = tl.where(tl.load(starts + batch * starts_stride + t) != 0, 0.0, adjoint_VK)
-        tl.debug_barrier()
-    tl.store(grad_initial + (batch * heads + h) * width * width + offset_VK, adjoint_VK, mask=mask_VK)
-
-
-def _check() -> int:
-    return 4 if interpreting() else 32
+def fresh_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Dense memory for their gradients."""
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
 
 
 class TritonWkv7(torch.autograd.Function):
-    """The recurrence in Triton kernels; call it through `wkv7`, which checks and prepares the arguments."""
+    """The recurrence of a whole sequence; call it through `wkv7`, which checks and prepares the arguments."""
 
     @staticmethod
     def forward(
@@ -144,33 +213,29 @@ class TritonWkv7(torch.autograd.Function):
         state_BHNN: Tensor,
         starts_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        batch, length, heads, width = r.shape
-        sequences, starts = [x.contiguous() for x in (r, log_w, k, v, a, b)], as_bytes(starts_BT)
-        state_BHNN, check = state_BHNN.contiguous(), _check()
-        block = power_of_two(width)
-        rows = block if interpreting() else min(16, block)
-        checkpoints = state_BHNN.new_empty(batch, heads, -(-length // check), width, width)
-        y = torch.empty(r.shape, dtype=r.dtype, device=r.device)
-        final = torch.empty_like(state_BHNN)
-        triton_support.launch(
-            wkv7_kernel, (-(-width // rows), heads, batch), *sequences, starts, state_BHNN, checkpoints, y, final,
-            length, heads, width, batch_strides(starts)[0], V_BLOCK=rows, K_BLOCK=block, CHECK=check, num_warps=1,
-        )  # fmt: skip
-        ctx.save_for_backward(*sequences, starts, checkpoints)
-        return y, final
+        sequences, width = (log_w, k, v, a, b), k.shape[3]
+        chunks, r = Chunks.prepare(sequences, starts_BT), rows_contiguous(r)
+        passing = chunks.fresh(chunks.whole[1] + 1, width, width)
+        passing[0] = state_BHNN
+        (y,) = fresh_like([r])
+        for piece in chunks.pieces:
+            inner, here = chunks.systems(piece), passing[piece[0] :]
+            chunks.states(piece, inner, here)
+            chunks.outputs(piece, r, inner, here, y)
+        ctx.save_for_backward(r, *sequences, starts_BT, passing)
+        return y, passing[-1].clone()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *sequences, starts, checkpoints = ctx.saved_tensors
-        batch, length, heads, width = sequences[0].shape
-        block, check = power_of_two(width), _check()
-        results = [torch.empty_like(x) for x in sequences]
-        grad_initial = checkpoints.new_empty(batch, heads, width, width)
-        scratch = checkpoints.new_empty(batch, heads, check, block, block)
-        triton_support.launch(
-            wkv7_gradient_kernel, (heads, batch), *sequences, starts, checkpoints, scratch, grads[0].contiguous(),
-            grads[1].contiguous(), *results, grad_initial, length, heads, width, batch_strides(starts)[0],
-            BLOCK=block, CHECK=check, num_warps=4 if block < 128 else 8,
-        )  # fmt: skip
-        return *results, grad_initial, None
+        r, *sequences, starts_BT, passing = ctx.saved_tensors
+        chunks, outermost = Chunks.prepare(sequences, starts_BT), grads[1].clone(memory_format=torch.contiguous_format)
+        grad_r, *results = fresh_like([r, *sequences])
+        for piece in reversed(chunks.pieces):
+            inner, here = chunks.systems(piece), passing[piece[0] :]
+            adjoints = chunks.fresh(piece[1], *passing.shape[3:])
+            parts = chunks.output_gradients(piece, r, inner, here, grads[0], grad_r, adjoints)
+            chunks.adjoints(piece, inner, adjoints, outermost)
+            chunks.gradients(piece, inner, here, adjoints, parts, results)
+        chunks.forget(results)
+        return grad_r, *results, outermost, None

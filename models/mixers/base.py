@@ -9,6 +9,7 @@ Shapes: B batch, T tokens of this shard, D model width.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,7 +120,22 @@ class Mixer(ParameterModule, ABC):
 
     @abstractmethod
     def flops_per_token(self, context: int) -> float:
-        """Forward floating-point operations a token (a multiply-add is two), mean over a sequence of `context`."""
+        """Forward floating-point operations a token, mean over one sequence of `context` tokens.
+
+        A real addition or multiplication is one operation: a multiply-add two, a complex product six. Counted are, as
+        the family's equations say and whatever a kernel computes instead,
+
+        - matrices, and the taps of short convolutions;
+        - for every pair of tokens that may meet, its score and its part of the weighted sum;
+        - for every element of a recurrent state, its decay, what is added to it and what is read from it; in a sum of
+          modes the input's factor is taken into the output's;
+        - a long convolution without such a state by three Fourier transforms, see `long_convolution_flops`, and the
+          matrices that make its filter, once a sequence.
+
+        Not counted are elementary functions (exp, softmax's and the like), what is done once to a channel (biases,
+        norms, activations, gates, rotations, ratios, direct terms such as D x), what depends on parameters alone and
+        does not grow with the sequence, and what a layer learns by other means than gradients.
+        """
 
     @abstractmethod
     def state_bytes(self, context: int) -> int:
@@ -162,6 +178,16 @@ def window_before(x_BTD: Tensor, carried_BWD: Tensor, shard: SequenceShard) -> T
     if shard.start >= width:
         return before_BWD
     return torch.cat([carried_BWD[:, shard.start :], before_BWD[:, width - shard.start :]], dim=1)
+
+
+def long_convolution_flops(context: int) -> float:
+    """Operations a token and channel of a convolution with a filter as long as the sequence.
+
+    Transforms of the input, of the filter and back, each of n real numbers, twice the length, at 5/2 n log2 n
+    operations, and n/2 + 1 complex products in between.
+    """
+    length = max(context, 1)
+    return 3 * 2.5 * 2 * math.log2(2 * length) + 6 * (length + 1) / length
 
 
 def linear_flops(*parameters: Tensor | None) -> float:

@@ -88,7 +88,7 @@ class ReleasedConba(Mamba):
         y_BTD = self.control(e_BTD)
         if self.training and torch.is_grad_enabled() and self.online_rate:
             e_ND = e_BTD.detach().flatten(0, 1).to(self.control_gain.dtype)
-            count = e_ND.new_tensor([len(e_ND)])
+            count = e_ND.new_full((1,), len(e_ND))
             self._errors.add(torch.cat([(e_ND.t() @ e_ND).flatten(), count]), self, y_BTD, shard)
         return y_BTD
 

@@ -125,8 +125,8 @@ class ExactConba(Mixer):
 
     def flops_per_token(self, context: int) -> float:
         matrices = (self.desired.weight, self.A, self.B, self.C, self.C, self.W, self.U, self.scaling.weight)
-        # K is applied and corrected; C B is counted with the token
-        gain = 2.0 * (self.state**3 + 3 * self.state**2)
+        # K is applied, and moved by an outer product with (C B)' e
+        gain = 3 * 2.0 * self.state**2
         return linear_flops(*matrices, self.out_proj.weight) + gain
 
     def state_bytes(self, context: int) -> int:

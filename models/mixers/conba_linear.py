@@ -162,7 +162,7 @@ class LinearConba(Mixer):
 
     def flops_per_token(self, context: int) -> float:
         matrices = (self.select_gate, self.select_value, self.select_out, self.scaling, self.value, self.out_proj)
-        # an element of the state is decayed, compared with what is wanted, corrected and read
+        # an element of the state is decayed (a product), compared with what is wanted, corrected and read (two each)
         loop = 7.0 * len(self.D) * self.state
         return linear_flops(*(matrix.weight for matrix in matrices)) + loop
 

@@ -172,10 +172,12 @@ class Flash(GatedUnit):
         return y_BD, {**cache, "sum": sum_BSE, "tokens_before": before_1}
 
     def flops_per_token(self, context: int) -> float:
-        # two kinds of scores and one weighted sum over two blocks; a sum is fed and read
-        pairs = 2 * self.chunk * (4 * self.key_dim + 2 * self.channels)
+        # the first queries of a chunk meet one token, two, ...; an element of the sum is fed and read
+        chunks, rest = divmod(max(context, 1), self.chunk)
+        met = (chunks * self.chunk * (self.chunk + 1) + rest * (rest + 1)) / 2 / max(context, 1)
+        pairs = 2 * met * (self.key_dim + self.channels)
         sums = 4 * self.key_dim * self.channels
-        return linear_flops(self.in_proj.weight, self.out_proj.weight) + float(pairs + sums)
+        return linear_flops(self.in_proj.weight, self.out_proj.weight) + pairs + sums
 
     def state_bytes(self, context: int) -> int:
         dtype = self.gamma.dtype
@@ -247,4 +249,4 @@ def document_starts(shard: SequenceShard, first: int, last: int, device: torch.d
     for row, starts in enumerate(shard.document_starts):
         here = starts[bisect.bisect_left(starts, first) : bisect.bisect_left(starts, last)]
         mask[row, [position - first for position in here]] = True
-    return mask.to(device)
+    return mask.to(device, non_blocking=True)

@@ -108,7 +108,7 @@ class GAU(GatedUnit):
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         position = state["keys"].shape[1]
-        positions_T = torch.tensor([position], device=x_BD.device)
+        positions_T = torch.full((1,), position, device=x_BD.device)
         u_B1E, v_B1E, (q_B1S, k_B1S) = self.project(x_BD.unsqueeze(1), positions_T)
         keys, values = torch.cat([state["keys"], k_B1S], dim=1), torch.cat([state["values"], v_B1E], dim=1)
         sums_B1E = squared_relu(q_B1S, torch.cat([keys, values], dim=-1), Range(position, 0, None))

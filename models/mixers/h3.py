@@ -121,9 +121,9 @@ class H3(Mixer):
 
     def flops_per_token(self, context: int) -> float:
         matrices = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
-        gates = 4.0 * self.heads * self.head_dim**2
-        modes = self.ssm.flops() * self.head_dim**2
-        return linear_flops(*(matrix.weight for matrix in matrices), self.shift_C) + modes + gates
+        # an element of k v' is a product, goes through its modes, and is read (a product, a sum)
+        elements = self.head_dim**2 * (self.ssm.flops() + 3.0 * self.heads)
+        return linear_flops(*(matrix.weight for matrix in matrices), self.shift_C) + elements
 
     def state_bytes(self, context: int) -> int:
         channels, taps = self.shift_C.shape

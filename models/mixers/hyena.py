@@ -25,7 +25,16 @@ from torch.utils.checkpoint import checkpoint
 from ...kernels import long_convolution, short_convolution
 from ...parallel import Filter, SequenceShard, SharedFilter, convolve, projected_halo
 from ..parameters import Linear, ParameterModule, at_least_float32, constant, fan_in_uniform, normal, uniform
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, tokens_so_far, window_before
+from .base import (
+    LayerPlace,
+    Mixer,
+    MixerOptions,
+    State,
+    linear_flops,
+    long_convolution_flops,
+    tokens_so_far,
+    window_before,
+)
 
 LAGS_AT_ONCE = 1 << 16
 """Lags of a filter whose hidden activations exist at one time; longer filters are recomputed in the backward pass."""
@@ -246,16 +255,15 @@ class Hyena(Mixer):
 
     def extend(self, taps_1NDS: Tensor) -> Tensor:
         """The taps known so far and those of the next lag."""
-        lag_L = torch.tensor([taps_1NDS.shape[-1]], device=taps_1NDS.device)
+        lag_L = torch.full((1,), taps_1NDS.shape[-1], device=taps_1NDS.device)
         filters = [self.filter(lag_L, slice(0, self.width), convolution) for convolution in range(self.order - 1)]
         return torch.cat([taps_1NDS, torch.stack(filters).unsqueeze(0)], dim=-1)
 
     def flops_per_token(self, context: int) -> float:
-        evaluation = linear_flops(*self.filter.hidden, self.filter.output) / (self.order - 1)
-        # three transforms of twice the length at 2.5 n log2 n real operations each, and the products between them
-        transforms = self.width * (3 * 2.5 * 2 * math.log2(2 * max(context, 1)) + 6)
-        linear = linear_flops(self.in_proj.weight, self.out_proj.weight, self.conv_weight)
-        return linear + (self.order - 1) * (evaluation + transforms)
+        # the filters have a tap for each token
+        filters = linear_flops(*self.filter.hidden, self.filter.output)
+        convolutions = (self.order - 1) * self.width * long_convolution_flops(context)
+        return linear_flops(self.in_proj.weight, self.out_proj.weight, self.conv_weight) + filters + convolutions
 
     def state_bytes(self, context: int) -> int:
         (streams, window), dtype = self.conv_weight.shape, self.conv_weight.dtype

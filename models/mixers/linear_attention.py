@@ -86,8 +86,8 @@ class LinearAttention(Mixer):
 
     def flops_per_token(self, context: int) -> float:
         matrices = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
-        # a state element is fed (a product, a sum) and read (a product, a sum)
-        state = 4.0 * self.heads * (self.head_dim + 1) * self.head_dim
+        # an element of S is fed (a product, a sum) and read (a product, a sum); one of z is fed without a product
+        state = self.heads * (4.0 * self.head_dim**2 + 3.0 * self.head_dim)
         return linear_flops(*(matrix.weight for matrix in matrices)) + state
 
     def state_bytes(self, context: int) -> int:

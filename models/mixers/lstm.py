@@ -53,7 +53,7 @@ class LSTM(Mixer):
         self.out_proj = Linear(hidden, place.width, normal(place.init_std / math.sqrt(2 * place.num_layers)))
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
-        starts_BT = shard.start_mask(x_BTD.device)
+        starts_BT = shard.start_mask()  # where the sequence is cut is decided on the CPU
         x_BTD, dtype = at_least_float32(x_BTD), x_BTD.dtype
         initial_B2H = x_BTD.new_zeros(x_BTD.shape[0], 2, self.hidden)
         h_BTH, _ = sequential_state(lambda state_B2H: self.run(x_BTD, state_B2H, starts_BT), initial_B2H, shard)
@@ -71,7 +71,8 @@ class LSTM(Mixer):
         outputs: list[Tensor] = []
         for start, stop in pairwise(bounds):
             if starts_BT is not None:
-                state_B2H = state_B2H.masked_fill(starts_BT[:, start, None, None], 0)
+                begins_B = starts_BT[:, start].to(state_B2H.device, non_blocking=True)
+                state_B2H = state_B2H.masked_fill(begins_B[:, None, None], 0)
             h_BTH, state_B2H = self.recur(x_BTD[:, start:stop], state_B2H)
             outputs.append(h_BTH)
         return torch.cat(outputs, dim=1), state_B2H
@@ -94,8 +95,8 @@ class LSTM(Mixer):
         return self.out_proj(h_B1H.squeeze(1).to(x_BD.dtype)), {"memory": memory_B2H}
 
     def flops_per_token(self, context: int) -> float:
-        # gates' nonlinearities and the products between them: about a dozen operations a hidden unit
-        return linear_flops(self.input_weight, self.state_weight, self.out_proj.weight) + 12.0 * self.hidden
+        # c is decayed (a product), fed (a product, a sum) and read (a product)
+        return linear_flops(self.input_weight, self.state_weight, self.out_proj.weight) + 4.0 * self.hidden
 
     def state_bytes(self, context: int) -> int:
         return 2 * self.hidden * torch.promote_types(self.bias.dtype, torch.float32).itemsize

@@ -4,8 +4,8 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t        y_t = C_t h_t + D x_t        out = out_proj(y * SiLU(z))
 
 Split along the sequence: the convolution takes a halo; each shard scans from zero and `prefix_state` gives the state
-that really enters it, whose contribution is added before the gate. What travels, while the gate is projected, is one
-state and one sum of step sizes a channel, whatever the length. With `inner_norms` it is Jamba's mixer (arXiv
+that really enters it, whose contribution is added in place, before the gate. What travels, while the gate is projected,
+is one state and one sum of step sizes a channel, whatever the length. With `inner_norms` it is Jamba's mixer (arXiv
 2403.19887): RMS norms on delta, B and C.
 
 Shapes: B batch, T local tokens, D model width, C inner channels, N state size, R rank of delta, W convolution width.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ...kernels import selective_scan, selective_scan_readout, short_convolution
+from ...kernels import begin_selective_scan, selective_scan, short_convolution, swiglu
 from ...parallel import PerChannel, SequenceShard, begin_prefix_state, projected_halo
 from ..parameters import Initialiser, Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, uniform
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
@@ -110,45 +110,45 @@ class Mamba(Mixer):
         )
         delta_BTC, B_BTN, C_BTN = self.select(u_BTC)
         A_CN = self.rates()
-        y_BTC, leaving_BCN = selective_scan(
-            u_BTC,
-            delta_BTC,
-            A_CN,
-            B_BTN,
-            C_BTN,
-            D=self.D,
-            initial_state=initial_BCN if shard.rank == 0 else None,
-            document_starts=starts_BT,
-        )
+        tensors = u_BTC, delta_BTC, A_CN, B_BTN, C_BTN
+        options = {
+            "D": self.D,
+            "delta_softplus": True,
+            "initial_state": initial_BCN if shard.rank == 0 else None,
+            "document_starts": starts_BT,
+        }
         if shard.size == 1:
-            return lambda: (y_BTC, leaving_BCN)
-        steps_BC = delta_BTC.sum(dim=1)
-        pending = begin_prefix_state(PerChannel(A_CN, steps_BC, shard.reset_mask(u_BTC.device)), leaving_BCN, shard)
+            outputs = selective_scan(*tensors, **options)
+            return lambda: outputs
+        scan = begin_selective_scan(*tensors, **options)
+        # without a gradient of its own: that of the leaving state says all; see ScanStages
+        transition = PerChannel(A_CN.detach(), scan.steps, shard.reset_mask(u_BTC.device))
+        pending = begin_prefix_state(transition, scan.leaving, shard)
 
         def finish() -> tuple[Tensor, Tensor]:
             entering_BCN = pending.wait()
-            added_BTC = selective_scan_readout(entering_BCN, delta_BTC, A_CN, C_BTN, document_starts=starts_BT)
+            y_BTC = scan.finish(entering_BCN)
             if initial_BCN is None:
-                return y_BTC + added_BTC, leaving_BCN
-            return y_BTC + added_BTC, leaving_BCN + torch.exp(A_CN * steps_BC.unsqueeze(-1)) * entering_BCN
+                return y_BTC, scan.leaving
+            return y_BTC, scan.leaving + torch.exp(A_CN.detach() * scan.steps.unsqueeze(-1)) * entering_BCN
 
         return finish
 
     def output(self, y: Tensor, z: Tensor) -> Tensor:
         """The gate, and back to the model's width."""
-        return self.out_proj((y * F.silu(z)).to(z.dtype))
+        return self.out_proj(swiglu(z, y.to(z.dtype)))
 
     def rates(self) -> Tensor:
         """A (C, N), negative, in float32 or better: half types would move the slow decays by percents."""
         return -torch.exp(at_least_float32(self.A_log))
 
     def select(self, u_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What depends on the token: step sizes (..., C), positive and in float32 or better; B and C (..., N)."""
+        """What depends on the token: step sizes (..., C) before softplus, in float32 or better; B and C (..., N)."""
         selected = self.x_proj(u_BTC).split(self.sizes, dim=-1)
         if self.inner_norms:
             selected = [norm(part) for norm, part in zip(self.inner_norms, selected, strict=True)]
         delta_BTR, B_BTN, C_BTN = selected
-        return F.softplus(at_least_float32(self.dt_proj(delta_BTR))), B_BTN, C_BTN
+        return at_least_float32(self.dt_proj(delta_BTR)), B_BTN, C_BTN
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
         channels, width = self.conv_weight.shape
@@ -164,6 +164,7 @@ class Mamba(Mixer):
         u_BC = torch.einsum("bwc,cw->bc", window_BWC, self.conv_weight)
         u_BC = F.silu(u_BC if self.conv_bias is None else u_BC + self.conv_bias)
         delta_BC, B_BN, C_BN = self.select(u_BC)
+        delta_BC = F.softplus(delta_BC)
         decay_BCN = torch.exp(delta_BC.unsqueeze(-1) * self.rates())
         h_BCN = decay_BCN * state["scan"] + (delta_BC * u_BC).unsqueeze(-1) * B_BN.unsqueeze(1)
         y_BC = (h_BCN * C_BN.unsqueeze(1)).sum(dim=-1) + self.D * u_BC
@@ -171,8 +172,8 @@ class Mamba(Mixer):
 
     def flops_per_token(self, context: int) -> float:
         matrices = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-        # a state element is decayed (exponent, product), fed (two products, a sum) and read (a product, a sum)
-        scan = 9.0 * self.A_log.numel()
+        # a state element is decayed (delta A, a product), fed (a product, a sum) and read (a product, a sum)
+        scan = 6.0 * self.A_log.numel()
         return linear_flops(*(matrix.weight for matrix in matrices), self.conv_weight) + scan
 
     def state_bytes(self, context: int) -> int:

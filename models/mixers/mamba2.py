@@ -156,7 +156,7 @@ class Mamba2(Mixer):
         return y_BD, {"conv": window_BWM[:, 1:], "ssm": S_BHPN}
 
     def flops_per_token(self, context: int) -> float:
-        # a state element is decayed, fed (a product, a sum) and read (a product, a sum)
+        # a state element is decayed (a product), fed (a product, a sum) and read (a product, a sum)
         scan = 5.0 * self.channels * self.state
         return linear_flops(self.in_proj.weight, self.out_proj.weight, self.conv_weight) + scan
 

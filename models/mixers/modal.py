@@ -66,5 +66,8 @@ def as_complex(pairs: Tensor) -> Tensor:
 
 
 def modal_flops(channels: int, modes: int, *, is_complex: bool) -> float:
-    """Operations a token: a mode is decayed, fed and read; 2, 1 and 1 of them real, 6, 1 and 4 complex."""
+    """Operations a token: a mode is decayed, fed with a real number, and its product's real part summed.
+
+    1, 1 and 2 operations if it is real; 6, 1 and 4 if complex.
+    """
     return float(channels * modes * (11 if is_complex else 4))

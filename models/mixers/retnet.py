@@ -132,7 +132,7 @@ class RetNet(Mixer):
 
     def flops_per_token(self, context: int) -> float:
         matrices = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.out_proj)
-        # a state element is decayed, fed (a product, a sum) and read (a product, a sum)
+        # a state element is decayed (a product), fed (a product, a sum) and read (a product, a sum)
         state = 5.0 * self.heads * self.value_dim * self.key_dim
         return linear_flops(*(matrix.weight for matrix in matrices)) + state
 

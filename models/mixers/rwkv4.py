@@ -110,8 +110,8 @@ class RWKV4(Mixer):
 
     def flops_per_token(self, context: int) -> float:
         matrices = (self.receptance, self.key, self.value, self.output)
-        # two sums are decayed, fed and read around a common exponent, for the state and again for the output
-        return linear_flops(*(matrix.weight for matrix in matrices)) + 22.0 * len(self.time_decay)
+        # the upper sum is decayed (a product), fed and read (two each); for the lower one the value is 1: three
+        return linear_flops(*(matrix.weight for matrix in matrices)) + 8.0 * len(self.time_decay)
 
     def state_bytes(self, context: int) -> int:
         dtype = self.time_decay.dtype

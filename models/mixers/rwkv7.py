@@ -184,7 +184,7 @@ class RWKV7(Mixer):
         weights = [matrix.weight for matrix in (self.receptance, self.key, self.value, self.output)]
         for thin in (self.decay, self.rate, self.gate, self.first_value):
             weights += [thin.down, thin.up] if thin is not None else []
-        # an element of the memory is decayed, asked for a, corrected along b, fed and read
+        # an element of the memory is decayed (a product), asked for kappa, corrected, fed and read (two each)
         return linear_flops(*weights) + 9.0 * self.mix.shape[1] * self.head_dim
 
     def state_bytes(self, context: int) -> int:

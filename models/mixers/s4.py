@@ -31,7 +31,7 @@ from torch import Tensor
 from ...kernels import long_convolution
 from ...parallel import SequenceShard, Transition, begin_prefix_state
 from ..parameters import Linear, at_least_float32, constant, fan_in_uniform, normal
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
+from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, long_convolution_flops
 from .hippo import legs_modes
 from .modal import as_complex, complex_dtype
 from .s4d import log_uniform, repeated
@@ -112,8 +112,8 @@ class S4(Mixer):
         """Outputs; and, after the state `initial_BDN` before the sequence, the state after this shard's last token."""
         length, starts_BT = x_BTD.shape[1], shard.start_mask(x_BTD.device)
         squares, Bbar_DN, C_DN = self.discrete(length)
-        baby = math.ceil(math.log2(length) / 2)
-        Q, G = 2**baby, math.ceil(length / 2**baby)
+        baby, G = split_powers(length)
+        Q = 2**baby
         inputs_DNQ = powers(squares, Bbar_DN, Q)
         giants = squares[baby:]
         outputs_DNG = powers([square.mT for square in giants], C_DN, G)
@@ -184,13 +184,22 @@ class S4(Mixer):
         return self.output(y_BD.to(x_BD.dtype)), {"ssm": state_BDM}
 
     def flops_per_token(self, context: int) -> float:
-        # building the filter costs 2 N operations a tap; transforms of twice the length at 2.5 n log2 n, and products
-        filter = self.channels * 2 * 2 * self.modes
-        transforms = self.channels * (3 * 2.5 * 2 * math.log2(2 * max(context, 1)) + 6)
-        return linear_flops(self.out_proj.weight) + filter + transforms
+        length, N = max(context, 1), 2 * self.modes
+        baby, giant = split_powers(length)
+        # Abar is squared for each doubling; its powers are applied column by column, and each tap is a product of two
+        squares = N**3 * max(0, math.ceil(math.log2(length)) - 1)
+        columns = N**2 * (2**baby - 1 + 2 ** math.ceil(math.log2(giant)) - 1)
+        filter = 2 * (squares + columns + N * 2**baby * giant) / length
+        return linear_flops(self.out_proj.weight) + self.channels * (filter + long_convolution_flops(context))
 
     def state_bytes(self, context: int) -> int:
         return self.channels * self.modes * complex_dtype(self.C.dtype).itemsize
+
+
+def split_powers(length: int) -> tuple[int, int]:
+    """log2 of the number of baby steps, and the number of giant steps, for `length` taps."""
+    baby = math.ceil(math.log2(length) / 2)
+    return baby, math.ceil(length / 2**baby)
 
 
 def times(matrix_DNN: Tensor, vectors_BDN: Tensor) -> Tensor:

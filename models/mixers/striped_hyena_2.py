@@ -93,7 +93,7 @@ class HyenaSE(GatedConvolution):
         return y_BD if self.skip is None else y_BD + self.skip.to(u_BD.dtype) * u_BD, window_BKD[:, 1:]
 
     def convolution_flops(self) -> float:
-        return 2.0 * self.width * (self.taps.shape[1] + (self.skip is not None))
+        return 2.0 * self.width * self.taps.shape[1]
 
 
 class HyenaMR(HyenaSE):
@@ -110,7 +110,7 @@ class HyenaMR(HyenaSE):
 
     def filter(self) -> Tensor:
         taps_DK = super().filter()
-        window_FK = decaying_window(self.slowest, *self.taps.shape).to(taps_DK)
+        window_FK = decaying_window(self.slowest, *self.taps.shape, device=taps_DK.device).to(taps_DK)
         return taps_DK * window_FK.repeat_interleave(len(taps_DK) // len(window_FK), dim=0)
 
 
@@ -147,10 +147,10 @@ class HyenaLI(GatedConvolution):
         return modal_flops(*self.log_rates.shape, is_complex=False)
 
 
-def decaying_window(slowest: float, groups: int, taps: int) -> Tensor:
+def decaying_window(slowest: float, groups: int, taps: int, device: torch.device | None = None) -> Tensor:
     """(F, K), float64: exp(-alpha k / (K - 1)) at lag k, alpha from `slowest` to 100 over the groups."""
-    alpha_F = torch.logspace(math.log10(slowest), 2, groups, dtype=torch.float64)
-    return torch.exp(-alpha_F[:, None] * torch.linspace(0, 1, taps, dtype=torch.float64))
+    alpha_F = torch.logspace(math.log10(slowest), 2, groups, dtype=torch.float64, device=device)
+    return torch.exp(-alpha_F[:, None] * torch.linspace(0, 1, taps, dtype=torch.float64, device=device))
 
 
 def slow_rates(shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -86,6 +86,11 @@ def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], An
         options = {"D": x(64, of=single), "z_BTD": x(1, length, 64), "delta_bias": x(64, of=single)}
         return kernels.selective_scan(*tensors, **options, delta_softplus=True, document_starts=starts)
 
+    def scan_in_stages() -> Any:
+        tensors = x(1, length, 64), x(1, length, 64), x(64, 16, of=single), x(1, length, 16), x(1, length, 16)
+        stages = kernels.begin_selective_scan(*tensors, delta_softplus=True, document_starts=starts)
+        return stages.finish(x(1, 64, 16, of=single)), stages.leaving
+
     def modal(*kind: torch.dtype) -> Any:
         return modal_convolution(x(1, length, 64), x(64, 16, of=kind[0]), x(64, 16, of=kind[0]))
 
@@ -104,6 +109,12 @@ def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], An
         stages.compute_local()
         return stages.finish(x(1, 8, 64, states, of=single)), stages.leaving
 
+    def wkv7_in_stages() -> Any:
+        stages = kernels.begin_wkv7(*(x(1, length, 2, 64) for _ in range(5)), document_starts=starts)
+        stages.compute_local(x(1, length, 2, 64))
+        state = x(1, 2, 64, 64, of=single)
+        return stages.finish(state), stages.leaving + state @ stages.transition
+
     return [
         lambda: scan(16),
         lambda: scan(64),
@@ -121,9 +132,7 @@ def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], An
         ),
         lambda: kernels.long_convolution(x(2, length, 64), x(64, length)),
         lambda: kernels.gated_linear_attention(*(x(1, length, 2, 64) for _ in range(4)), document_starts=starts),
-        lambda: kernels.selective_scan_readout(
-            x(1, 64, 16, of=single), x(1, length, 64), x(64, 16, of=single), x(1, length, 16), document_starts=starts
-        ),
+        scan_in_stages,
         lambda: dual_in_stages(64 if dtype == single else 128),
         lambda: kernels.gated_linear_attention_readout(
             x(1, 2, 64, 64, of=single), x(1, length, 2, 64), x(1, length, 2, 64)
@@ -143,6 +152,7 @@ def calls(dtype: torch.dtype, *, smallest: bool = False) -> list[Callable[[], An
         lambda: wkv4(x(1, length, 64), x(1, length, 64), x(64), x(64), document_starts=starts),
         lambda: wkv4_state(x(1, length, 64), x(1, length, 64), x(64), document_starts=starts),
         lambda: wkv7(*(x(1, length, 2, 64) for _ in range(6)), document_starts=starts),
+        wkv7_in_stages,
     ]
 
 

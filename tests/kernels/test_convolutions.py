@@ -82,6 +82,8 @@ def test_short_convolution_in_bfloat16_accumulates_in_float32(width: int) -> Non
 
 
 def test_short_convolution_names_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match=r"document_starts must be a boolean mask \(2 or 1, 5\), not list"):
+        short_convolution(torch.zeros(2, 5, 3), torch.zeros(3, 4), document_starts=[3])
     x, weight = torch.zeros(1, 4, 2), torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"halo has shape \(1, 3, 2\), expected \(1, 2, 2\)"):
         short_convolution(x, weight, halo=torch.zeros(1, 3, 2))

@@ -98,7 +98,7 @@ def test_layouts_do_not_matter(name: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", sorted(set(DOORS) - {"attention", "grouped_matmul", "rotary", "wkv7 in stages"}))
+@pytest.mark.parametrize("name", sorted(set(DOORS) - {"attention", "grouped_matmul", "rotary"}))
 def test_layouts_do_not_matter_to_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the portable code in double precision, where there is any other; rotary has a test of its own."""
     function, inputs = DOORS[name]

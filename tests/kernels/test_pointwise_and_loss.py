@@ -195,6 +195,8 @@ def test_linear_cross_entropy_in_bfloat16() -> None:
 
 
 def test_linear_cross_entropy_names_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match=r"hidden states are \(2, 3, 4\).* give \(tokens, width\)"):
+        linear_cross_entropy(torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="target 9 is outside the vocabulary of 5"):
         linear_cross_entropy(torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([1, 9]))
     with pytest.raises(ValueError, match="widths and dtypes must agree"):

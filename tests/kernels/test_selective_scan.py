@@ -1,17 +1,15 @@
-"""Selective scan and read-out against the step loop: outputs and every gradient in float64."""
+"""Selective scan against the step loop: outputs and every gradient in float64."""
 
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from longstride.kernels import selective_scan, selective_scan_readout
+from longstride.kernels import selective_scan
 from longstride.kernels.selective_scan.portable import SelectiveScan
-from longstride.kernels.selective_scan.readout import living_bands, negligible_exponent
 from longstride.kernels.selective_scan.recurrence import Recurrence, SegmentPlan
-from longstride.kernels.selective_scan.reference import selective_scan_readout_reference, selective_scan_reference
+from longstride.kernels.selective_scan.reference import selective_scan_reference
 
 from .compare import assert_same, leaf, outputs_and_gradients, relative_error, start_mask, worst_error
 
@@ -115,9 +113,6 @@ def test_gradcheck(length: int) -> None:
     starts = start_mask(1, length, (0, length // 2)) if length > 1 else None
     fast = partial(full, selective_scan, delta_softplus=True, document_starts=starts)
     assert torch.autograd.gradcheck(fast, tuple(inputs))
-    steps = inputs[1].detach().abs().requires_grad_()
-    read = partial(selective_scan_readout, document_starts=starts)
-    assert torch.autograd.gradcheck(read, (inputs[8], steps, inputs[2], inputs[4]))
 
 
 def test_softplus_is_linear_beyond_twenty_in_both_passes() -> None:
@@ -190,75 +185,6 @@ def test_both_recurrences_either_way(levels: int, tokens: int) -> None:
             torch.testing.assert_close(backward[tokens - 1 - t], state_backward, rtol=1e-12, atol=1e-12)
 
 
-def readout_arguments(batch: int, length: int, channels: int, states: int, speed: float = 1.0) -> list[Tensor]:
-    spread = torch.logspace(-2, 0, channels, dtype=torch.float64)
-    steps = (leaf(batch, length, channels, seed=2).detach().abs() * spread * speed).requires_grad_()
-    inputs = arguments(batch, length, channels, states)
-    return [inputs[8], steps, inputs[2], inputs[4]]
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 31, 3, 4), (2, 257, 17, 5), (1, 1000, 40, 3)])
-@pytest.mark.parametrize("speed", [1e-3, 0.1, 30.0])
-def test_readout_equals_the_scan_of_no_input(shape: tuple[int, int, int, int], speed: float) -> None:
-    assert_same(selective_scan_readout, selective_scan_readout_reference, readout_arguments(*shape, speed=speed))
-
-
-@pytest.mark.parametrize("starts", [((0, 0),), ((0, 40), (1, 0)), ((0, 1), (0, 90), (1, 119)), ((1, 64),)])
-def test_readout_ends_at_the_first_document(starts: tuple[tuple[int, int], ...]) -> None:
-    inputs = readout_arguments(2, 120, 5, 3, speed=0.05)
-    mask = start_mask(2, 120, *starts)
-    slow = partial(selective_scan_readout_reference, document_starts=mask)
-    assert_same(partial(selective_scan_readout, document_starts=mask), slow, inputs)
-    assert worst_error(selective_scan_readout, slow, inputs) > 1e-3  # negative control
-
-
-def test_readout_keeps_rates_of_zero_and_above_alive() -> None:
-    inputs = readout_arguments(1, 500, 3, 2)
-    rates = inputs[2].detach().clone()
-    rates[0, 0], rates[2, 1] = 0.0, 1e-3
-    inputs[2] = rates.requires_grad_()
-    assert_same(selective_scan_readout, selective_scan_readout_reference, inputs)
-
-
-def test_readout_and_a_scan_from_zero_make_a_scan_from_the_state() -> None:
-    inputs = [*arguments(2, 90, 4, 3)[:5], arguments(2, 90, 4, 3)[8]]
-
-    def split(u, delta, A, B, C, state):
-        return selective_scan(u, F.softplus(delta), A, B, C)[0] + selective_scan_readout(state, F.softplus(delta), A, C)
-
-    def whole(u, delta, A, B, C, state):
-        return selective_scan(u, delta, A, B, C, delta_softplus=True, initial_state=state)[0]
-
-    assert_same(split, whole, inputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_readout_stops_only_below_rounding(dtype: torch.dtype) -> None:
-    """States that decay steadily: the outputs are exact up to the promised size."""
-    length, step, channels, states = 4096, 0.05, 256, 16
-    state, A = torch.ones(1, channels, states, dtype=dtype), torch.ones(channels, states, dtype=dtype)
-    C = torch.full((1, length, states), 1 / states, dtype=dtype)
-    y_BTD = selective_scan_readout(state, torch.full((1, length, channels), step, dtype=dtype), -A, C)
-    y = y_BTD[0, :, 5].double()
-    expected = torch.exp(-step * torch.arange(1, length + 1, dtype=torch.float64))
-    eps = torch.finfo(dtype).eps
-    assert negligible_exponent(dtype) > -torch.log(torch.tensor(eps)).item() * 1.4
-    assert (y - expected).abs().max() < 100 * eps
-    alive = expected > eps**1.5
-    assert ((y - expected).abs()[alive] / expected[alive]).max() < 1e3 * eps
-    assert (y[-1] == 0).all()
-
-
-def test_readout_does_a_small_part_of_the_scans_work() -> None:
-    """Step sizes and rates of a fresh Mamba layer, 16,384 tokens."""
-    length, channels, states = 16384, 256, 16
-    delta = torch.logspace(-3, -1, channels).expand(1, length, channels).contiguous()
-    rates = -torch.arange(1.0, states + 1).repeat(channels, 1)
-    pieces = [piece for band in living_bands(delta, rates, length) for piece in band.pieces()]
-    work = sum(piece.sum_Bks[0, 0].numel() * piece.rate_mk1.numel() for piece in pieces)
-    assert work < 0.15 * length * channels * states
-
-
 def test_empty_sequence_passes_the_state_on() -> None:
     inputs = arguments(2, 0, 3, 2)
     y_BTD, state = full(selective_scan, *inputs)
@@ -266,7 +192,6 @@ def test_empty_sequence_passes_the_state_on() -> None:
     torch.testing.assert_close(state, inputs[8])
     (gradient,) = torch.autograd.grad(state.sum(), inputs[8])
     assert (gradient == 1).all()
-    assert selective_scan_readout(inputs[8], inputs[1], inputs[2], inputs[4]).shape == (2, 0, 3)
 
 
 def test_wrong_shapes_are_named() -> None:

@@ -24,14 +24,15 @@ KERNELS = {
     "rotary.triton_rotary": "rotate_kernel",
     "selective_scan.triton_backward": "backward_kernel",
     "selective_scan.triton_forward": "summary_kernel pass_kernel scan_kernel",
-    "selective_scan.triton_readout": "scan_readout_kernel scan_readout_gradient_kernel",
+    "selective_scan.triton_readout": "scan_enter_kernel scan_enter_gradient_kernel",
     "short_convolution.triton_convolution": "convolve_kernel gradient_kernel",
     "state_space_dual.triton_chunks": "states_kernel pass_kernel output_kernel gradient_kernel",
     "swiglu.triton_swiglu": "swiglu_kernel swiglu_gradient_kernel",
     "triton_readout": "readout_kernel readout_gradient_kernel",
     "wkv4.triton_state": "wkv4_state_kernel wkv4_state_gradient_kernel",
     "wkv4.triton_wkv4": "wkv4_kernel wkv4_gradient_kernel",
-    "wkv7.triton_wkv7": "wkv7_kernel wkv7_gradient_kernel",
+    "wkv7.triton_chunks": "systems_kernel transition_kernel pass_kernel output_kernel",
+    "wkv7.triton_gradients": "output_gradient_kernel state_gradient_kernel pair_gradient_kernel",
 }
 CONTROL = ("tests.kernels.narrow_offsets", "narrow_kernel")
 

@@ -2,7 +2,7 @@
 
 Inputs whose tokens are 2^30 elements from each other, and gradients that arrive so, reach the kernels as they lie: few
 pages of them exist. Every element that a 32-bit offset would misplace belongs to another page or to none. Kernels that
-ask for dense copies (RWKV-7, the Toeplitz products), or read what a matrix product wrote (the loss), cannot be tested
+ask for dense copies (the Toeplitz products), or read what a matrix product wrote (the loss), cannot be tested
 so; for those, and for offsets of outputs, the compiled code is searched for 32-bit products (test_triton_compiles.py)
 and whole tensors are used where a GPU is.
 """
@@ -40,6 +40,8 @@ from .test_state_space_dual import full as dual_full
 from .test_triton_recurrences import last_state
 from .test_wkv4 import arguments as wkv4_arguments
 from .test_wkv4 import full as wkv4_full
+from .test_wkv7 import arguments as wkv7_arguments
+from .test_wkv7 import full as wkv7_full
 
 # one process at a time: on a GPU these take gigabytes
 pytestmark = [needs_triton, pytest.mark.xdist_group("memory")]
@@ -114,7 +116,10 @@ CASES: dict[str, tuple[tuple[Callable[..., Any], Callable[..., Any]], Callable[.
     ),
     "wkv4 state": ((kernels.wkv4_state, last_state), plain, wkv4_arguments(1, TOKENS, 3)[:3], (0, 1)),
     "wkv4": (pair("wkv4", "wkv4"), wkv4_full, wkv4_arguments(1, TOKENS, 3), (0, 1)),
-    "scan read-out": (readouts.CASES["scan"][:2], plain, first_sequence(readouts.scan_inputs(TOKENS, 0.05)), (1, 3)),
+    "wkv7": (pair("wkv7", "wkv7"), wkv7_full, wkv7_arguments(1, TOKENS, 2, 3), (0, 1, 2, 3, 4, 5)),
+    "scan stages": (
+        readouts.CASES["scan"][:2], plain, first_sequence(readouts.scan_inputs(TOKENS, 0.05)), (1, 3, 4, 5),
+    ),
     "dual read-out": (readouts.CASES["dual"][:2], plain, first_sequence(readouts.dual_inputs(TOKENS, 0.05)), (2,)),
     "gated read-out": (readouts.CASES["gated"][:2], plain, first_sequence(readouts.gated_inputs(TOKENS, 0.05)), (1,)),
     "modal read-out": (

@@ -1,4 +1,4 @@
-"""The Triton read-outs against their step loops in float64: outputs and every gradient."""
+"""Triton read-outs, the scan's behind its scan, against their step loops in float64: outputs and every gradient."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longstride.kernels import (
-    gated_linear_attention_readout,
-    selective_scan_readout,
-)
+from longstride.kernels import begin_selective_scan, gated_linear_attention_readout
 from longstride.kernels.gated_linear_attention.reference import gated_linear_attention_readout_reference
 from longstride.kernels.modal_convolution.reference import modal_convolution_reference
-from longstride.kernels.selective_scan.reference import selective_scan_readout_reference
+from longstride.kernels.selective_scan.reference import selective_scan_reference
 from longstride.kernels.state_space_dual.reference import state_space_dual_reference
 
 from .compare import leaf, start_mask
@@ -30,8 +27,27 @@ def decays(*shape: int, rate: float) -> Tensor:
 
 
 def scan_inputs(length: int, rate: float) -> list[Tensor]:
-    steps = leaf(BATCH, length, 18, seed=3).detach().abs().requires_grad_()
-    return [leaf(BATCH, 18, 3, seed=1), steps, decays(18, 3, rate=rate), leaf(BATCH, length, 3, seed=4)]
+    """The state that enters, step sizes before bias and softplus, rates, C, u, B and the bias."""
+    sequences = [leaf(BATCH, length, 3, seed=4), leaf(BATCH, length, 18, seed=5), leaf(BATCH, length, 3, seed=6)]
+    rates = decays(18, 3, rate=rate)
+    return [leaf(BATCH, 18, 3, seed=1), leaf(BATCH, length, 18, seed=3), rates, *sequences, leaf(18, seed=7)]
+
+
+def scan_in_stages(*inputs: Tensor, document_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Outputs, and the state that leaves as a split sequence composes it."""
+    state, delta, rates, C, u, B, bias = inputs
+    options = {"delta_bias": bias, "delta_softplus": True, "document_starts": document_starts}
+    stages = begin_selective_scan(u, delta, rates, B, C, **options)
+    decay = torch.exp(rates.detach() * stages.steps.unsqueeze(-1))
+    if document_starts is not None:
+        decay = decay * ~document_starts.any(1)[:, None, None]
+    return stages.finish(state), stages.leaving + decay * state
+
+
+def scan_reference(*inputs: Tensor, document_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    state, delta, rates, C, u, B, bias = inputs
+    options = {"delta_bias": bias, "delta_softplus": True, "document_starts": document_starts}
+    return selective_scan_reference(u, delta, rates, B, C, **options, initial_state=state)
 
 
 def dual_inputs(length: int, rate: float) -> list[Tensor]:
@@ -83,10 +99,13 @@ def modal_readout_reference(
 # door, reference, inputs of a length and a rate of decay, launches
 CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., list[Tensor]], list[str]]] = {
     "scan": (
-        selective_scan_readout,
-        selective_scan_readout_reference,
+        scan_in_stages,
+        scan_reference,
         scan_inputs,
-        ["scan_readout_kernel", "scan_readout_gradient_kernel"],
+        [
+            *("summary_kernel", "pass_kernel", "scan_kernel", "scan_enter_kernel"),
+            *("scan_enter_gradient_kernel", "summary_kernel", "pass_kernel", "backward_kernel"),
+        ],
     ),
     "dual": (
         dual_readout,
@@ -149,8 +168,10 @@ def test_strided_and_expanded_gradients(case: str, monkeypatch: pytest.MonkeyPat
     """A mean over the batch hands every sequence the same row of memory."""
     fast, slow, inputs, _ = CASES[case]
 
-    def averaged(function: Callable[..., Tensor], *x: Tensor) -> Tensor:
-        return function(*x).mean(0, keepdim=True).transpose(1, 2)
+    def averaged(function: Callable[..., Any], *x: Tensor) -> list[Tensor]:
+        result = function(*x)
+        outputs = [result] if isinstance(result, Tensor) else result
+        return [output.mean(0, keepdim=True).transpose(1, 2) for output in outputs]
 
     with triton_chosen(monkeypatch):
         assert_close(partial(averaged, fast), partial(averaged, slow), inputs(LENGTH, 0.05))

@@ -1,24 +1,22 @@
 """The Triton kernels of RWKV-4 and RWKV-7 against their step loops in float64: outputs and every gradient."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longstride.kernels.wkv4 import EMPTY, wkv4, wkv4_state
 from longstride.kernels.wkv4.reference import wkv4_reference
-from longstride.kernels.wkv7 import wkv7
-from longstride.kernels.wkv7.reference import wkv7_reference
 
-from .compare import start_mask
+from .compare import relative_error, start_mask
 from .native import BFLOAT16_BOUND, DEVICE, FLOAT32_BOUND, NATIVE, assert_close, errors, needs_triton, triton_chosen
 from .test_wkv4 import arguments as arguments4
 from .test_wkv4 import full as full4
+from .test_wkv7 import WHOLE_AND_STAGED as WHOLE_AND_STAGED7
 from .test_wkv7 import arguments as arguments7
-from .test_wkv7 import full as full7
-from .test_wkv7 import staged as staged7
-from .test_wkv7 import staged_reference as staged_reference7
 
 pytestmark = needs_triton
 
@@ -88,34 +86,105 @@ def test_wkv4_state_of_the_last_document(
         assert positions == (0,) or max(errors(wkv4_state, slow, inputs, torch.float32)) > 1e-3  # negative control
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 7, 2, 3), (1, 9, 1, 18), *([(1, 500, 3, 64)] if NATIVE else [])])
+CHUNKS7 = ["systems_kernel", "transition_kernel", "pass_kernel", "output_kernel"]
+STATES7 = ["transition_kernel", "pass_kernel", "state_gradient_kernel", "pair_gradient_kernel"]
+LAUNCHED7 = {
+    "whole": [*CHUNKS7, "systems_kernel", "output_gradient_kernel", *STATES7],
+    "staged": [*CHUNKS7, "output_gradient_kernel", *STATES7],
+}
+both_ways7 = pytest.mark.parametrize("way", WHOLE_AND_STAGED7)
+SINGLE, HALF = torch.float32, torch.bfloat16
+
+
+@both_ways7
+@pytest.mark.parametrize(
+    ("shape", "decay", "dtype"),
+    [
+        ((1, 1, 1, 1), 0.606, SINGLE), ((1, 7, 2, 3), 0.606, SINGLE), ((1, 19, 1, 18), 0.606, SINGLE),
+        ((1, 19, 1, 3), 0.606, HALF), ((1, 19, 1, 3), 8.0, SINGLE),
+        *([((1, 500, 3, 64), 0.606, SINGLE), ((1, 500, 3, 64), 0.606, HALF), ((2, 100, 2, 64), 8.0, SINGLE)] * NATIVE),
+    ],
+)  # fmt: skip
 def test_wkv7_equals_the_step_loop(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    way: str, shape: tuple[int, int, int, int], decay: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also with decays of which no chunk's product could be divided by."""
     with triton_chosen(monkeypatch) as launched:
-        assert_close(partial(full7, wkv7), partial(full7, wkv7_reference), arguments7(*shape), dtype)
-    assert launched == ["wkv7_kernel", "wkv7_gradient_kernel"]
+        assert_close(*WHOLE_AND_STAGED7[way], arguments7(*shape, decay=decay), dtype)
+    assert launched == LAUNCHED7[way]
 
 
-@pytest.mark.parametrize(("rows", "positions"), [(1, (0,)), (2, (3, 4, 5)), (1, (1, 8, 10))])
-def test_wkv7_documents(rows: int, positions: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    starts = start_mask(rows, 11, *[(index % rows, position) for index, position in enumerate(positions)])
-    inputs = arguments7(2, 11, 1, 3)
-    slow = partial(full7, wkv7_reference, document_starts=starts)
+@both_ways7
+@pytest.mark.parametrize(("rows", "positions"), [(1, (0, 15, 16)), (2, (3, 4, 17))])
+def test_wkv7_documents(way: str, rows: int, positions: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = start_mask(rows, 18, *[(index % rows, position) for index, position in enumerate(positions)])
+    inputs, (fast, slow) = arguments7(rows, 18, 1, 3), WHOLE_AND_STAGED7[way]
+    slow = partial(slow, document_starts=starts)
     with triton_chosen(monkeypatch):
-        assert_close(partial(full7, wkv7, document_starts=starts.to(DEVICE)), slow, inputs)
-        assert max(errors(partial(full7, wkv7), slow, inputs, torch.float32)) > 1e-3  # negative control
+        assert_close(partial(fast, document_starts=starts.to(DEVICE)), slow, inputs)
+        single = [x.detach().to(DEVICE, torch.float32) for x in inputs]
+        blind = zip(fast(*single), slow(*(x.detach() for x in inputs)), strict=True)
+        assert max(relative_error(value.cpu(), want) for value, want in blind) > 1e-3  # negative control
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 70, 2, 3), *([(1, 1100, 3, 64)] if NATIVE else [])])
-def test_wkv7_in_stages_is_pytorch_on_every_device(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    starts = start_mask(1, shape[1], (0, 40))
-    fast = partial(staged7, document_starts=starts.to(DEVICE))
-    slow = partial(staged_reference7, document_starts=starts)
+@both_ways7
+def test_wkv7_passes_states_through_pieces_of_the_chunks(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most exists for a piece of the chunks at a time: here for one."""
+    from longstride.kernels.wkv7 import triton_wkv7
+
+    monkeypatch.setattr(triton_wkv7, "segment_tokens", lambda chunk, *_: chunk)
     with triton_chosen(monkeypatch) as launched:
-        assert_close(fast, slow, arguments7(*shape), dtype)
-    assert not launched
+        assert_close(*WHOLE_AND_STAGED7[way], arguments7(1, 70 if NATIVE else 35, 1, 2))
+    assert launched.count("pass_kernel") == launched.count("transition_kernel") == 6
+    assert launched.count("output_gradient_kernel") == {"whole": 3, "staged": 1}[way]
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_wkv7_stages_with_one_output_alone(output: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss of y, or of what leaves: gradients that another would add to do not come."""
+    fast, slow = WHOLE_AND_STAGED7["staged"]
+    with triton_chosen(monkeypatch):
+        assert_close(lambda *x: fast(*x)[output], lambda *x: slow(*x)[output], arguments7(1, 5, 1, 2))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for the numbers of a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@both_ways7
+def test_wkv7_does_not_wait_for_the_gpu(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [x.detach().to(DEVICE, torch.float32).requires_grad_() for x in arguments7(1, 5, 1, 2)]
+    door = partial(WHOLE_AND_STAGED7[way][0], document_starts=start_mask(1, 5, (0, 2)).to(DEVICE))
+    with triton_chosen(monkeypatch), Waits() as waits:
+        outputs = door(*inputs)
+        torch.autograd.grad(outputs, inputs, [torch.ones_like(y) for y in outputs])
+    assert waits.count == 0
+    with Waits() as waits:
+        door(*(x.detach().double() for x in inputs))
+    assert waits.count > 0  # negative control: PyTorch looks at the decays
+
+
+def test_wkv7_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the arguments a state for each chunk; in stages two, with two triangular matrices, and y and z."""
+    batch, length, heads, width, chunk = 1, 40, 1, 8, 32 if NATIVE else 16
+    inputs = [x.detach().to(DEVICE, torch.float32).requires_grad_() for x in arguments7(batch, length, heads, width)]
+    chunks = -(-length // chunk)
+    states, triangles = (chunks + 1) * width * width, 2 * chunks * chunk * chunk
+    allowed = {"whole": states, "staged": 2 * states + triangles + 2 * length * width + 2 * width * width}
+    for way, (fast, _) in WHOLE_AND_STAGED7.items():
+        kept: dict[int, int] = {}
+
+        def note(x: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
+            return x
+
+        with triton_chosen(monkeypatch), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            fast(*inputs)
+        arguments = sum(x.numel() for x in inputs)
+        assert sum(x.numel() for x in inputs[:6]) < sum(kept.values()) <= arguments + allowed[way]

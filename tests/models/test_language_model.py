@@ -98,6 +98,9 @@ def test_tokens_must_be_the_shards() -> None:
     model = make_model(MODEL_CASES["every part"])
     with pytest.raises(ValueError, match="9 tokens were given; the shard holds 8"):
         model.logits(tokens(1, 9), SequenceShard.whole(8))
+    for wrong in (torch.zeros(7, dtype=torch.int64), torch.zeros(1, 7)):
+        with pytest.raises(ValueError, match=r"tokens are .* give int64 \(batch, length\)"):
+            model.logits(wrong)
 
 
 def test_longest_sequence() -> None:

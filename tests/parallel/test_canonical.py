@@ -139,3 +139,15 @@ def test_it_is_the_same_mathematics() -> None:
 def test_tiles_must_divide() -> None:
     with pytest.raises(AssertionError, match="8 tiles cannot be spread over 3 processes evenly"):
         run_ranks(compute, 3, [HYBRID], True)
+
+
+def test_tiles_differentiate_on_threads_of_their_own() -> None:
+    """A GPU has one thread for all backward passes: the first tile would keep it and wait for the others for ever."""
+    runner, ledger = CanonicalModel(build_model(HYBRID), TILES, None), CommunicationLedger()
+    tokens = torch.zeros(1, LENGTH, dtype=torch.int64)
+
+    def on_its_own(*_: Any) -> bool:
+        return not torch._C._is_multithreading_enabled()
+
+    assert runner.run(on_its_own, tokens, tokens, LENGTH, None, ledger)
+    assert torch._C._is_multithreading_enabled()

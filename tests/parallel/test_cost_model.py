@@ -58,3 +58,8 @@ def test_predictions_are_the_formulas() -> None:
         "pipelined": (16 + 4 - 2) * (1 + 100 / 4),
         "hierarchical": 3 * 1 + 2 * 10 + 3 * 100 / 4,
     }
+
+
+def test_the_networks_of_a_group_with_two_backends_are_the_faster() -> None:
+    """Runs on GPUs have gloo beside NCCL, for what lies on the CPU."""
+    assert Link.for_backend("cpu:gloo,cuda:nccl") == NCCL != GLOO
