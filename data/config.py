@@ -1,11 +1,13 @@
 """The `data` section of an experiment."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from .corpus import Corpus
 from .credentials import refuse_credentials
+from .embedded import EMBEDDED
 from .loader import BatchLoader, HeldOut, SequenceLoader, ValidationSet
 from .opening import open_corpus
 from .schedule import Stage, parse_length, parse_schedule, plan_stages
@@ -29,6 +31,16 @@ def _length(value: Any) -> Any:
     return parse_length(value) if isinstance(value, str) else value
 
 
+def _complete(name: str) -> str:
+    """A prepared corpus's path written out, so that a run finds it from any directory; other names as they are."""
+    path = Path(name).expanduser()
+    known = "://" in name or name in EMBEDDED or name in TASKS
+    return str(path.absolute()) if not known and path.is_dir() else name
+
+
+Length = Annotated[int, BeforeValidator(_length)]  # tokens: 8192, or 8k
+
+
 class DataConfig(BaseModel):
     """What is read, and in what pieces. Counts are global: they do not change with the number of workers."""
 
@@ -38,9 +50,7 @@ class DataConfig(BaseModel):
         "python-source",
         description="an embedded corpus, a task, the path or URL of a prepared corpus, or {corpus: weight, ...}",
     )
-    context: Annotated[int, BeforeValidator(_length)] = Field(
-        8192, gt=0, description="tokens of a sequence, such as 8192, 8k or 1M"
-    )
+    context: Length = Field(8192, gt=0, description="tokens of a sequence, such as 8192, 8k or 1M")
     batch: int = Field(1, gt=0, description="sequences of one step, over all workers")
     schedule: str | None = Field(
         None, description="shorter contexts to begin with, such as '8k for 1000 steps, then 64k for 500 steps'"
@@ -58,10 +68,12 @@ class DataConfig(BaseModel):
 
     @field_validator("corpus")
     @classmethod
-    def _holds_no_secret(cls, corpus: str | dict[str, float]) -> str | dict[str, float]:
+    def _is_complete_and_holds_no_secret(cls, corpus: str | dict[str, float]) -> str | dict[str, float]:
         for url in (corpus,) if isinstance(corpus, str) else corpus:
             refuse_credentials("data.corpus", url)
-        return corpus
+        if isinstance(corpus, str):
+            return _complete(corpus)
+        return {_complete(name): weight for name, weight in corpus.items()}
 
     @field_validator("schedule", mode="before")
     @classmethod

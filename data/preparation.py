@@ -20,13 +20,12 @@ from .credentials import refuse_credentials
 from .errors import CorpusError
 from .order import stable_hash
 from .parts import PARTS, Division, Part, finished_parts, make_part
-from .shards import INDEX, TOKENIZER, Index, find_problems, read_index
+from .shards import INDEX, PLAN, TOKENIZER, Index, find_problems, read_index
 from .sources import Kind, Piece, SourceFile, cut, documents, expand
 from .storage import Folder
 from .subwords import SubwordTokenizer, train_bpe
 from .tokenizers import BUILT_IN, Tokenizer
 
-_PLAN = "prepare.plan"
 _BPE_VOCABULARY = 4096
 _TRAINING_BYTES = 32 << 20
 _FEW_TEXTS = 100
@@ -211,9 +210,9 @@ def _claim(folder: Folder, plan: str, overwrite: bool) -> bool:
     CorpusError: it holds another one and may not be overwritten.
     """
     names = folder.sizes()
-    if _PLAN in names or INDEX in names:
+    if PLAN in names or INDEX in names:
         renew = overwrite and INDEX in names and not _has_blocks(folder)
-        if _PLAN in names and folder.read(_PLAN) == plan.encode() and not renew:
+        if PLAN in names and folder.read(PLAN) == plan.encode() and not renew:
             return INDEX in names and _whole(folder)
         if not overwrite:
             raise CorpusError(
@@ -221,11 +220,11 @@ def _claim(folder: Folder, plan: str, overwrite: bool) -> bool:
                 "take another folder, or overwrite it"
             )
         ours = [
-            name for name in names if name in (_PLAN, TOKENIZER) or name.endswith((".tokens", ".documents", ".blocks"))
+            name for name in names if name in (PLAN, TOKENIZER) or name.endswith((".tokens", ".documents", ".blocks"))
         ]
         parts = [f"{PARTS}/{name}" for name in folder.sizes(PARTS)]
         folder.remove([INDEX] * (INDEX in names) + parts + ours)
-    folder.write(_PLAN, plan.encode())
+    folder.write(PLAN, plan.encode())
     return False
 
 

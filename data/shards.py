@@ -31,6 +31,7 @@ from .tokenizers import BUILT_IN, Tokenizer
 log = logging.getLogger(__name__)
 
 INDEX = "index.json"
+PLAN = "prepare.plan"  # of a preparation that has begun
 TOKENIZER = "tokenizer.json"
 _SHARDS_OF_DOCUMENTS_KEPT = 256
 _REMOTE_READS = 8
@@ -95,10 +96,10 @@ class Index(BaseModel):
 
 def read_index(folder: Folder) -> Index:
     """CorpusError: there is none, or it is damaged."""
-    if INDEX not in folder.sizes():
-        raise CorpusError(
-            f"{folder.url} is not a prepared corpus (no {INDEX}): run `longstride prepare SOURCE {folder.url}`"
-        )
+    if INDEX not in (files := folder.sizes()):
+        raw = bool(files) and PLAN not in files  # sources, and no place to write to
+        fix = f"prepare {folder.url} OUT` and give data.corpus=OUT" if raw else f"prepare SOURCE {folder.url}`"
+        raise CorpusError(f"{folder.url} is not a prepared corpus (no {INDEX}): run `longstride {fix}")
     try:
         return Index.model_validate_json(folder.read(INDEX))
     except ValidationError as error:

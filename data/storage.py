@@ -4,7 +4,9 @@ Two errors come of it. `CorpusError`: the user can mend it (no such file, not pe
 `StoreUnavailable`: nobody could be reached within our patience; another attempt, later, may go well.
 """
 
+import errno
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,7 @@ _FINAL = (
     ValueError,
     TypeError,
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # by name: their module is slow to import
 # Packages whose errors are about connections: fsspec's stores speak HTTP through them.
 _NETWORK_PACKAGES = ("aiohttp", "urllib3", "requests")
@@ -38,15 +41,23 @@ _NETWORK_PACKAGES = ("aiohttp", "urllib3", "requests")
 def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """The filesystem of a URL or path, and the path in it.
 
-    ValueError, ImportError: unknown, its package missing, or the URL holds credentials.
+    ValueError, ImportError: unknown, its package missing, or the URL lacks a slash or holds credentials.
     """
     refuse_credentials("URL", url)
+    check_url(url)
     if not url.startswith(("s3://", "s3a://")):
         return url_to_fs(url)
     from .object_store import PatientS3FileSystem  # slow to import, and only such a store needs it
 
     filesystem = PatientS3FileSystem()
     return filesystem, str(filesystem._strip_protocol(url))
+
+
+def check_url(url: str) -> str:
+    """`url` unless it is a URL with one slash, which would be a folder here; ValueError."""
+    if half := re.match(r"(s3a?|gs|gcs|az|abfss?|memory|file):/(?!/)", url):
+        raise ValueError(f"{url} has one slash behind the colon: write {half[1]}://{url[half.end() :]}")
+    return url
 
 
 def resolve(url: str) -> tuple[AbstractFileSystem, str]:
@@ -60,8 +71,8 @@ def resolve(url: str) -> tuple[AbstractFileSystem, str]:
 def patiently(action: Callable[[], Result], what: str, sleep: Callable[[float], None] = time.sleep) -> Result:
     """Do what may fail for a while (refused, throttled or dropped connections), up to four times.
 
-    What waiting does not mend (not found, not permitted), what was waited for below (see `object_store`), and the last
-    failure, are raised as `explained` has them.
+    What waiting does not mend (not found, not permitted, no room), what was waited for below (see `object_store`), and
+    the last failure, are raised as `explained` has them.
     """
     for attempt, wait in enumerate((*_WAITS, None), start=1):
         try:
@@ -70,7 +81,7 @@ def patiently(action: Callable[[], Result], what: str, sleep: Callable[[float], 
             raise
         except Exception as error:
             final = isinstance(error, (*_FINAL, StoreUnavailable)) or type(error).__name__ in _NO_CREDENTIALS
-            if wait is None or final:
+            if wait is None or final or getattr(error, "errno", None) in _FULL:
                 tries = "" if attempt == 1 else f" after {attempt} tries"
                 raise explained(error, f"{what}{tries}") from error
             log.warning("%s: %s; trying again in %.1f s", what, one_line(error), wait)
@@ -97,7 +108,7 @@ def is_unreachable(error: Exception) -> bool:
 def one_line(error: BaseException) -> str:
     """The cause as one line, never empty."""
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        return "no such bucket" if "bucket does not exist" in str(error) else "no such file"
     if type(error).__name__ in _NO_CREDENTIALS:
         return "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

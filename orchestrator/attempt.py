@@ -22,7 +22,7 @@ from .placement import Placement, answers
 from .preparation import Prepared
 from .records import replay
 from .rendezvous import Rendezvous
-from .stopping import StopRequest, stoppable
+from .stopping import STOPPING, StopRequest, stoppable
 from .worker import Assignment, Worker
 
 START_SECONDS = 120.0
@@ -127,7 +127,7 @@ class Crew:
 
     def _reason_to_leave(self, stop: StopRequest, watch: Callable[[], Reason], due: bool) -> Reason:
         if stop.event.is_set():
-            return "stopping after this step; once more to stop at once"
+            return STOPPING
         return watch() if due else None
 
     def _answer(self, reference: ray.ObjectRef, rank: int) -> Answer:

@@ -13,9 +13,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from .arguments import MISTAKE, build_parser, parse
+from .arguments import build_parser, parse
 from .ending import Ending
 from .failures import EchoOfMistake, RunFailed, Terminated, is_mistake, is_outage, one_line
+from .parser import MISTAKE
 
 FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from argparse import Namespace
 
@@ -11,6 +12,7 @@ from ..workers.communication import read_communication
 from ..workers.manifest import list_checkpoints
 from ..workers.metrics import StepRecord, read_records
 from .evaluation import evaluate
+from .failures import one_line
 from .generation import generate
 from .interchange import export, import_
 from .job_commands import logs, prepare, status, stop, submit
@@ -53,7 +55,11 @@ def runs(arguments: Namespace) -> int:
     if not found:
         print(f"no runs in {arguments.directory}")
         return 0
-    print(columns(("RUN", "STATE", "STEP", "LOSS", "VALIDATION", "CONTEXT", "CREATED"), [_row(run) for run in found]))
+    notes: list[str] = []
+    rows = [_row(run, notes) for run in found]
+    print(columns(("RUN", "STATE", "STEP", "LOSS", "VALIDATION", "CONTEXT", "CREATED"), rows))
+    for line in notes:
+        print(f"note: {line}", file=sys.stderr)
     return 0
 
 
@@ -111,34 +117,35 @@ def communication(arguments: Namespace) -> int:
     return 0
 
 
-def _row(run: RunDirectory) -> tuple[str, ...]:
-    """A line of `longstride runs`; a run whose files cannot be read says so instead of hiding the others."""
+def _row(run: RunDirectory, notes: list[str]) -> tuple[str, ...]:
+    """A line of `longstride runs`; of a run whose files cannot be read, what is wrong goes to `notes`."""
     try:
         experiment = Experiment.resume(run)
-        created = str(run.read_info().get("created", "-"))
-    except ValueError as error:
-        return (run.name, f"unreadable: {error}", "-", "-", "-", "-", "-")
+        info = run.read_info()
+    except (ValueError, PermissionError) as error:
+        notes.append(f"{run.name} is unreadable: {one_line(error)}")
+        return (run.name, "unreadable", "-", "-", "-", "-", "-")
     records = list(read_records(run.storage))
     validations = [record.validation_loss for record in records if record.validation_loss is not None]
     last = records[-1] if records else None
     return (
         run.name,
-        _state(last, experiment.train.steps, time.time()),
+        _state(last, experiment.train.steps, time.time(), ended="given_back" in (info.get("owner") or {})),
         f"{last.step if last else 0}/{experiment.train.steps}",
         f"{last.loss:.4f}" if last else "-",
         f"{validations[-1]:.4f}" if validations else "-",
         f"{experiment.stage_after(last.step if last else 0).context:,}",
-        created,
+        str(info.get("created", "-")),
     )
 
 
-def _state(last: StepRecord | None, steps: int, now: float) -> str:
-    """finished; running, as far as its last step lets one think; or stopped."""
+def _state(last: StepRecord | None, steps: int, now: float, *, ended: bool) -> str:
+    """finished; stopped where its writer has `ended`; else running, as far as its last step lets one think."""
     if last is None:
         return "not started"
     if last.step >= steps:
         return "finished"
-    return "running" if is_recent(last, now) else "stopped"
+    return "running" if not ended and is_recent(last, now) else "stopped"
 
 
 def _checked(overrides: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ def evaluate(arguments: Namespace) -> int:
         run = find_run(arguments.run)
         words = launcher.with_own_workers(arguments.overrides, "evaluate")
         workers = words[-1].partition("=")[2]
-        experiment = Experiment.resume(run, [*_HERE, f"parallel.sequence={workers}", *words])
+        experiment = Experiment.resume(run, [*_HERE, f"parallel.sequence={workers}", *words], any_corpus=True)
         progress = _progress if first else _silent
         result = measure(experiment, run, launcher.rank(), checkpoint=arguments.checkpoint, progress=progress)
     except Exception as error:

@@ -131,5 +131,5 @@ def is_outage(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """The error's message without line breaks; a file's name first for the operating system's errors."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror.lower()}"
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
     return " ".join(str(error).split()) or type(error).__name__

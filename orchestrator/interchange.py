@@ -1,4 +1,4 @@
-"""`longstride import` and `longstride export`: checkpoints of other software, in and out; also under torchrun."""
+"""`longstride import` and `longstride export`: weights of other software or of another run, in and out."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..workers import Experiment, find_run
+from ..workers import Experiment, RunDirectory, find_run
+from ..workers.descent import descend, descendant
+from ..workers.display import command, shorten
 from ..workers.interchange import export_run, import_run, imported_experiment
+from ..workers.run_directory import run_at
+from ..workers.run_tokenizer import TOKENIZER_FILE
 from . import launcher
 from .failures import EchoOfMistake, is_mistake
 
@@ -17,16 +21,24 @@ ResultT = TypeVar("ResultT")
 
 def import_(arguments: Namespace) -> int:
     """Every process of a launcher comes here; the first one speaks."""
+    source, out = arguments.directory, arguments.out
 
-    def work() -> str:
+    def work() -> tuple[RunDirectory, str]:
+        parent = run_at(source)
+        if parent is not None:
+            experiment = descendant(parent, out, arguments.overrides)
+            run, step = descend(parent, experiment, launcher.rank(), launcher.world_size())
+            return run, f"of {parent.name} after step {step}"
         words = launcher.with_own_workers(arguments.overrides, "import")
-        experiment = imported_experiment(arguments.directory, arguments.out, words)
-        return import_run(arguments.directory, experiment, launcher.rank()).url
+        run = import_run(source, imported_experiment(source, out, words), launcher.rank())
+        return run, f"of {source}"
 
-    url = _spoken_once(work)
+    run, whose = _spoken_once(work)
     if launcher.rank() == 0:
-        print(f"{url} holds the weights of {arguments.directory} as step 0")
-        print(f"longstride generate {url} --prompt TEXT")
+        own = run.storage.exists(TOKENIZER_FILE)
+        print(f"{shorten(run.url)} holds the weights {whose} as step 0" + (", and its tokenizer" if own else ""))
+        print(f"train:    {command('longstride', 'resume', shorten(run.url))} [data.corpus=CORPUS] [key=value ...]")
+        print(f"generate: {command('longstride', 'generate', shorten(run.url), '--prompt', 'TEXT')}")
     return 0
 
 

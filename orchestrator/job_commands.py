@@ -6,7 +6,6 @@ import sys
 import time
 from argparse import Namespace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import Progress as Progressed
@@ -26,7 +25,6 @@ LINE_SECONDS = 10.0
 def submit(arguments: Namespace) -> int:
     jobs = _jobs(arguments)
     experiment = Experiment.load(arguments.config, arguments.overrides)
-    experiment = with_absolute_corpus(experiment)
     name = jobs.submit(experiment, python=arguments.python)
     run = f"{experiment.run.directory.rstrip('/')}/{experiment.run.name}"
     print(name if not arguments.follow else f"job {name}", flush=True)
@@ -78,17 +76,6 @@ def prepare(arguments: Namespace) -> int:
     print(f"tokenizer {made.tokenizer}, vocabulary {made.vocab_size}; documents: {documents}")
     print(f"train on it: data.corpus={made.url} model.vocab_size={made.vocab_size}")
     return 0
-
-
-def with_absolute_corpus(experiment: Experiment) -> Experiment:
-    """The experiment with the paths of prepared corpora written out: a job has another current directory."""
-
-    def whole(name: str) -> str:
-        return str(Path(name).absolute()) if "://" not in name and Path(name).is_dir() else name
-
-    corpus = experiment.data.corpus
-    found = whole(corpus) if isinstance(corpus, str) else {whole(name): weight for name, weight in corpus.items()}
-    return experiment.model_copy(update={"data": experiment.data.model_copy(update={"corpus": found})})
 
 
 class _Bar:

@@ -63,6 +63,7 @@ def run_here(prepared: Prepared, store: Store | None, reporter: Reporter | None,
     try:
         if rank == 0:
             take(prepared.run, reporter or Silent())
+        stop.told = (reporter or Silent()).noted
         with stoppable(stop):
             return train_process(
                 prepared.experiment,

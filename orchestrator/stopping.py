@@ -11,20 +11,25 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from .failures import Terminated
 
 ECHO_SECONDS = 1.0
+STOPPING = "stopping after this step; once more to stop at once"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _WARNING = signal.SIGUSR1
 
 
 class StopRequest:
-    """Whether, and by which signal, the run was asked to stop. `event` is set once it was."""
+    """Whether, and by which signal, the run was asked to stop. `event` is set once it was.
 
-    def __init__(self) -> None:
+    `told` is called by the first signal's handler with a line for the person.
+    """
+
+    def __init__(self, told: Callable[[str], None] = lambda line: None) -> None:
+        self.told = told
         self.event = threading.Event()
         self.signal: int | None = None
         self._since = 0.0
@@ -39,6 +44,8 @@ class StopRequest:
         """Handles a signal: notes the first, raises KeyboardInterrupt or Terminated for the second."""
         if self.signal is None:
             self.note(number)
+            with contextlib.suppress(RuntimeError):  # of a stream that the interrupted code was writing to
+                self.told(STOPPING)
         elif number != _WARNING and time.monotonic() - self._since > ECHO_SECONDS:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 

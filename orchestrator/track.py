@@ -16,7 +16,7 @@ def track(arguments: Namespace) -> int:
     experiment = Experiment.resume(run, arguments.overrides)
     uri = tracking_uri(experiment.tracking, run)
     try:
-        sent = send_all(run, experiment.tracking, experiment.model_dump(mode="json"), code_version())
+        sent = send_all(run, experiment.tracking, experiment.settings(), code_version())
     except Exception as error:  # MLflow, its stores and its transport each have a family of errors
         raise RunFailed(f"MLflow at {uri} has not taken the records: {one_line(error)}") from error
     print(f"{sent} step{'s' if sent != 1 else ''} sent to MLflow at {uri}")

@@ -3,6 +3,7 @@
 What is saved: parameters and buffers, both moments of the optimiser, and every process's random state, as tensors in
 torch.distributed.checkpoint's (DCP) format; step, tokens and the position in the data's global order in the
 manifest. The learning rate follows from the step. DTensor placements let it be loaded onto any other degrees.
+A model without an optimiser, as an import saves it, has neither moments nor random state, and its manifest says so.
 
 All traffic between processes runs over a gloo group of its own, so that saving may run beside training in a thread:
 on the training's group the two would wait for each other's messages.
@@ -82,7 +83,9 @@ class Checkpointer:
         if waited > LONG_WAIT and not wait:
             raised = "checkpoint.every" if self.config.every else "checkpoint.minutes"
             self._notes.append(f"waited {waited:.1f} s for the checkpoint before; raise {raised}")
-        tensors = {**self._tensors(), f"{RANDOM}{self.rank}": random_state()}
+        tensors = self._tensors()
+        if self.optimizer is not None:
+            tensors[f"{RANDOM}{self.rank}"] = random_state()
         if wait:
             self._write(tensors, progress)
             return
@@ -129,10 +132,12 @@ class Checkpointer:
     def load(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         """Overwrites model, optimiser and random state. Call it with what `find` returned.
 
-        Raises ValueError when the checkpoint holds another model, CheckpointError when it cannot be read.
+        Raises ValueError when it holds another model or not all moments, CheckpointError when it cannot be read.
         """
         reader = RestrictedReader(checkpoint.storage)
-        tensors = self._tensors()
+        # Zeros are right for moments only where no step has been made.
+        beginning = manifest.weights_only and manifest.step == 0
+        tensors = model_tensors(self.model) if beginning else self._tensors()
         found: list[Mapping[str, Any]] = []
         self._from_all(lambda: found.append(reader.read_metadata().state_dict_metadata))
         (saved,) = found
@@ -150,6 +155,8 @@ class Checkpointer:
             set_random_state(tensors[own])
         if self.optimizer is not None:
             self.optimizer.steps = manifest.step
+            if beginning:
+                self.optimizer.forget()
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything but random state, as aliases of the live tensors."""
@@ -185,7 +192,8 @@ class Checkpointer:
         files: dict[str, dict[str, Any]] = {}
         for written in self._gather(writer.digests()):
             files |= written
-        self._from_first(lambda: self._commit(checkpoint, replace(progress, files=files)))
+        manifest = replace(progress, files=files, weights_only=self.optimizer is None)
+        self._from_first(lambda: self._commit(checkpoint, manifest))
 
     def _begin(self, step: int) -> str:
         self.run.check_owner()
@@ -277,7 +285,8 @@ def check_fit(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], name: str
     for key, tensor in tensors.items():
         stored = saved.get(key)
         if not isinstance(stored, TensorStorageMetadata):
-            raise ValueError(f"checkpoint {name} does not fit the model: it has no {key}")
+            problem = "cannot be trained on" if key.startswith(OPTIMIZER) else "does not fit the model"
+            raise ValueError(f"checkpoint {name} {problem}: it has no {key}")
         if stored.size != tensor.shape:
             raise ValueError(
                 f"checkpoint {name} does not fit the model: {key} is {tuple(stored.size)} there and "

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..data.credentials import mask_credentials
 
+# A setting of the same name in more places than these says little about what was meant.
+MOST_PLACES = 3
 Tree = dict[str, Any]
 Expand = Callable[[str, Any], Tree | None]
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -43,6 +45,8 @@ def parse_yaml(text: str, source: str) -> Tree:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "cannot be parsed"
+        if "'\\t'" in problem:
+            problem += "; indent with spaces"
         raise ConfigError(f"{source}{where}: not valid YAML: {problem}") from None
     if tree is None:
         return {}
@@ -84,24 +88,37 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     first = next((entry for entry in found if entry["type"] == "extra_forbidden"), found[0])
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return unknown_key(path, known_keys(model, first["loc"][:-1]))
+        return unknown_key(path, known_keys(model, first["loc"][:-1]), places(model, path.rpartition(".")[2]))
     if first["type"] == "missing":
         return f"missing setting {path}"
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"]) if "ctx" in first else first["msg"].removeprefix("Value error, ")
         return f"{path}: {message}" if path and path not in message else message
-    message = first["msg"].removeprefix("Input ")
+    message = first["msg"].removeprefix("Input ").replace("a valid tuple", "a list, as in [1, 2]")
     return f"{path}={_short(first['input'])}: the value {message}"
 
 
-def unknown_key(path: str, known: Sequence[str]) -> str:
-    """The line for a key that does not exist: the nearest valid name, or all of them."""
+def unknown_key(path: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+    """The line for a key that does not exist: where one of its name is, the nearest valid name, or all of them."""
     *parents, name = path.split(".")
+    if 0 < len(elsewhere) <= MOST_PLACES:
+        return f"unknown setting {path}; did you mean {' or '.join(elsewhere)}?"
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if nearest:
         return f"unknown setting {path}; did you mean {'.'.join([*parents, nearest[0]])}?"
     place = f"{'.'.join(parents)} has" if parents else "the settings are"
     return f"unknown setting {path}; {place} {', '.join(known) or 'no settings'}"
+
+
+def places(model: type[BaseModel], name: str) -> list[str]:
+    """Dotted paths of all settings of this name below `model`."""
+    found: list[str] = []
+    for key, field in model.model_fields.items():
+        if key == name:
+            found.append(key)
+        elif (section := _section(field.annotation)) is not None:
+            found += [f"{key}.{place}" for place in places(section, name)]
+    return found
 
 
 def known_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -129,7 +129,11 @@ class _DigestingFileSystem(FileSystem):
                 yield stream
                 return
             digesting = _DigestingStream(cast("IO[bytes]", stream))
-            yield cast("io.IOBase", digesting)
+            try:
+                yield cast("io.IOBase", digesting)
+            except RuntimeError as error:
+                # torch.save closes its archive after a write that failed, and says only that this failed.
+                raise digesting.failure or error from error
             self.written[os.fspath(path)] = digesting
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
@@ -144,10 +148,15 @@ class _DigestingStream:
         self._stream = stream
         self.sha256 = hashlib.sha256()
         self.length = 0
+        self.failure: OSError | None = None  # of the first write that failed
 
     def write(self, block: bytes | bytearray | memoryview) -> int:
         view = memoryview(block).cast("B")
-        self._stream.write(view)
+        try:
+            self._stream.write(view)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
         self.sha256.update(view)
         self.length += len(view)
         alive()

@@ -44,7 +44,7 @@ class Display:
         self._print(f"run {start.name} in {shorten(start.url)}")
         self._print(
             f"{start.parameters:,} parameters, {start.dtype}, {start.workers} {plural} on {start.device}{split}; "
-            f"{start.corpus}, {start.batch} x {start.context:,} tokens a step"
+            f"{shorten(start.corpus)}, {start.batch} x {start.context:,} tokens a step"
         )
         if start.step:
             self._print(f"continuing after step {start.step}")
@@ -128,7 +128,7 @@ def summary_lines(summary: Summary) -> list[str]:
         f"run:      {run}",
         f"resume:   {command('longstride', 'resume', run)}"
         + (f" train.steps={2 * summary.steps}" if summary.finished else ""),
-        f"generate: {command('longstride', 'generate', run, '--prompt', summary.prompt or 'def ')}",
+        f"generate: {command('longstride', 'generate', run, '--prompt', summary.prompt or 'TEXT')}",
     ]
     if summary.tracking_uri is not None:
         lines.append(f"MLflow:   {tracking_command(summary.tracking_uri)}")

@@ -92,7 +92,7 @@ def evaluate(
     Raises ValueError: there is no whole checkpoint, lengths for which there is no model or no data, or a corpus that is
     not written in the run's own tokens.
     """
-    if problem := too_long(experiment) or foreign_corpus(run, experiment.open_corpus()):
+    if problem := too_long(experiment) or foreign_corpus(run, experiment):
         raise ConfigError(problem)
     if experiment.workers == 1:
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -31,6 +31,7 @@ from ..parallel import Degrees, MeshConfig
 from .checkpoint_policy import CheckpointConfig
 from .configuration import ConfigError, Settings, Tree, apply_overrides, parse_yaml, validate
 from .generate import SampleConfig
+from .manifest import list_checkpoints
 from .optimization import TrainConfig
 from .recovery import RecoveryConfig
 from .run_directory import RunConfig, RunDirectory
@@ -80,24 +81,38 @@ class Experiment(Settings):
         return validate(cls, tree)
 
     @classmethod
-    def resume(cls, run: RunDirectory, overrides: Sequence[str] = ()) -> Experiment:
+    def resume(cls, run: RunDirectory, overrides: Sequence[str] = (), *, any_corpus: bool = False) -> Experiment:
         """The experiment of an existing run with overrides put in; what would make it another run is refused.
 
         With another `data.context`, and no `data.batch` beside it, the batch becomes what keeps the tokens of a step.
+        Another `data.corpus` will do with `any_corpus`, where it holds the same tokens (it was moved), and while the
+        run has made no step, as after an import.
         """
         tree = parse_yaml(run.read_experiment(), f"{run.url}/experiment.yaml")
         before = validate(cls, tree)
         after = validate(cls, _keep_tokens(apply_overrides(tree, overrides), before.data, overrides))
-        for key in ("seed", "model", "data.corpus", "run.name"):
+        for key in ("seed", "model", "run.name"):
             if _get(before, key) != _get(after, key):
                 raise ConfigError(f"{key} cannot change when a run is resumed; start a new run with `longstride train`")
+        if before.data.corpus != after.data.corpus and not any_corpus and not _takes(run, after.data):
+            raise ConfigError(
+                "data.corpus cannot change when a run is resumed; begin a run with its weights by "
+                f"`longstride import {run.url} OUT data.corpus=...`"
+            )
         # The directory may have moved since the run was made.
         parent = run.url.rsplit("/", 1)[0]
         return after.model_copy(update={"run": RunConfig(directory=parent, name=run.name)})
 
+    def settings(self) -> Tree:
+        """All settings as plain values, defaults included; of layers, those of the kinds that the model has.
+
+        So a run stays readable when an option of a layer that it does not have comes to another name.
+        """
+        return self.model_dump(mode="json", exclude={"model": self.model.idle_groups})
+
     def to_yaml(self) -> str:
         """The resolved experiment; `Experiment.load` reads it again."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.settings(), sort_keys=False, allow_unicode=True)
 
     def open_corpus(self) -> Corpus:
         """The corpus, checked against the model. ValueError: there is none, or its tokens exceed the vocabulary."""
@@ -237,6 +252,14 @@ def _read(path: str) -> str:
         raise ConfigError(f"{path} is not a text file") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _takes(run: RunDirectory, data: DataConfig) -> bool:
+    """Whether a run can go on with this corpus: it has made no step, or these are the tokens that it was trained on."""
+    committed = [checkpoint for checkpoint in list_checkpoints(run) if checkpoint.committed]
+    if not committed or committed[-1].step == 0:
+        return True
+    return committed[-1].read_manifest().corpus == data.open().fingerprint()
 
 
 def _get(settings: Any, path: str) -> Any:

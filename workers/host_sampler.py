@@ -53,7 +53,7 @@ class HostSampler:
 def _gpu_percent() -> float:
     try:
         return float(torch.cuda.utilization())
-    except (ModuleNotFoundError, RuntimeError):  # without nvidia-ml-py, or a driver that does not tell
+    except Exception:  # without nvidia-ml-py; or its own errors, where a driver does not tell (parts of a GPU)
         return math.nan
 
 

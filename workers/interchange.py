@@ -20,7 +20,6 @@ from .evaluate import load_run, load_sharded
 from .experiment import Experiment
 from .launch import create_run
 from .manifest import Manifest
-from .optimization import ShardedAdamW
 from .process_group import process_group
 from .run_directory import RunDirectory, code_version, timestamp
 from .run_tokenizer import TOKENIZER_FILE
@@ -55,7 +54,7 @@ def imported_experiment(directory: str, out: str, overrides: Sequence[str] = ())
 
 
 def import_run(directory: str, experiment: Experiment, rank: int = 0, *, threads: int | None = None) -> RunDirectory:
-    """Makes the experiment's run with a checkpoint of step 0 that holds the weights in `directory`.
+    """Makes the experiment's run with a checkpoint of step 0 that holds the weights in `directory`, and nothing else.
 
     Called on each of the experiment's workers with its rank; each reads its shards of the tensors, none holds all of
     them. A tokenizer.json there becomes the run's.
@@ -66,11 +65,10 @@ def import_run(directory: str, experiment: Experiment, rank: int = 0, *, threads
         mesh = Mesh(**asdict(experiment.degrees))
         model = make_sharded_model(experiment, mesh, filled=False)
         load_into(model, directory)
-        run = _from_first(rank, lambda: create_run(experiment).url)
+        run = from_first(rank, lambda: create_run(experiment).url)
         corpus = experiment.open_corpus()
-        optimizer = ShardedAdamW(model, experiment.train)
-        checkpointer = Checkpointer(RunDirectory(run), experiment.checkpoint, model, optimizer)
-        checkpointer.save(_beginning(experiment, corpus.fingerprint(), mesh))
+        checkpointer = Checkpointer(RunDirectory(run), experiment.checkpoint, model)
+        checkpointer.save(beginning(experiment, corpus.fingerprint(), mesh))
     made, tokenizer = RunDirectory(run), Path(directory) / TOKENIZER_FILE
     if rank == 0 and tokenizer.is_file():
         made.storage.write_text(TOKENIZER_FILE, tokenizer.read_text(encoding="utf-8"))
@@ -103,14 +101,15 @@ def export_run(
     return step, notes
 
 
-def _beginning(experiment: Experiment, corpus: str, mesh: Mesh) -> Manifest:
+def beginning(experiment: Experiment, corpus: str, mesh: Mesh) -> Manifest:
+    """What the checkpoint says with which a run begins that has made no step. `corpus`: its fingerprint."""
     counts = {"step": 0, "tokens": 0, "position": 0}
     data = {"context": experiment.data.context, "batch": experiment.data.batch, "corpus": corpus}
     written = {"created": timestamp(), "code_version": code_version(), "files": {}}
     return Manifest(**counts, **data, **written, world_size=mesh.world_size, parallel=asdict(mesh.degrees))
 
 
-def _from_first(rank: int, work: Any) -> Any:
+def from_first(rank: int, work: Any) -> Any:
     """What `work` returns on the first process, on all; its ValueError too."""
     outcome: list[Any] = [None, None]
     if rank == 0:

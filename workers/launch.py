@@ -24,6 +24,7 @@ from .manifest import explain_none, list_checkpoints
 from .process_group import process_group
 from .reporting import Reporter, Silent, Summary
 from .run_directory import RunDirectory, code_version
+from .run_tokenizer import foreign_corpus
 from .stages import train_stages
 from .tracking import MlflowSink, Tracker, tracking_uri
 from .trainer import Trainer
@@ -45,10 +46,11 @@ def reopen_run(run: RunDirectory, overrides: Sequence[str] = ()) -> Experiment:
         unfinished = [f"{found.name}: {found.problems()[0]}" for found in list_checkpoints(run)]
         raise ConfigError(explain_none(run, unfinished))
     if committed[-1].step >= experiment.train.steps:
-        raise ConfigError(
-            f"run {run.name} has made all its {experiment.train.steps} steps; go on with "
-            f"train.steps={2 * experiment.train.steps}"
-        )
+        made, asked = committed[-1].step, experiment.train.steps
+        state = f"has made all its {made} steps" if made == asked else f"is at step {made}, past train.steps={asked}"
+        raise ConfigError(f"run {run.name} {state}; go on with train.steps={2 * made}")
+    if problem := foreign_corpus(run, experiment):
+        raise ConfigError(problem)
     run.write_experiment(experiment.to_yaml())
     return experiment
 
@@ -129,10 +131,12 @@ def train_process(
             seconds = time.monotonic() - began
     finally:
         if tracker is not None:
+            if tracker.last_failure:
+                reporter.noted(f"tracking: MLflow is given {experiment.tracking.patience:.0f} s (tracking.patience)")
             left_behind = tracker.close(status, experiment.tracking.patience)
     if rank != 0:
         return None
-    sample = _sample(directory, experiment) if status == "FINISHED" else Sample("", "")
+    sample = _sample(directory, experiment) if status == "FINISHED" else Sample(experiment.sample.prompt or "", "")
     summary = Summary(
         name=directory.name,
         url=directory.url,
@@ -158,8 +162,7 @@ def _nest(node_size: int, sequence: int) -> bool:
 
 
 def _tracker(experiment: Experiment, run: RunDirectory) -> Tracker:
-    settings = experiment.model_dump(mode="json")
-    return Tracker(run, MlflowSink(run, experiment.tracking, settings, code_version(), training=True))
+    return Tracker(run, MlflowSink(run, experiment.tracking, experiment.settings(), code_version(), training=True))
 
 
 def _sample(run: RunDirectory, experiment: Experiment) -> Sample:

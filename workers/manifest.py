@@ -45,6 +45,7 @@ class Manifest:
         world_size: processes that wrote it; `parallel`: their degrees.
         files: by name, {"bytes", "sha256"}.
         validation_loss: of the model in it, nats per token; None where it was not measured after this step.
+        weights_only: parameters and buffers are all that it holds, as after an import.
     """
 
     step: int
@@ -59,6 +60,7 @@ class Manifest:
     code_version: str
     files: dict[str, dict[str, Any]]
     validation_loss: float | None = None
+    weights_only: bool = False
 
     def to_json(self) -> str:
         values = asdict(self)

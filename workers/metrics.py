@@ -43,7 +43,7 @@ class StepRecord:
         validation_loss: cross-entropy of the held-out sequences after the update; None where not measured.
         tokens: tokens trained on since the run began.
         tokens_per_second: of this step.
-        wait_share: share of the step that a process spent waiting for others, mean over processes.
+        wait_share: share of the step that a process, or its GPU, spent waiting for others, mean over processes.
         data_share: share of the step that a process spent waiting for its batch, the largest over processes.
         memory: bytes held by the process that holds most (resident memory; allocated device memory on a GPU).
         learning_rate: of this step.

@@ -127,6 +127,11 @@ class ShardedAdamW:
             self._update(names, rate * multiple, self.config.weight_decay if decayed else 0.0)
         self.steps += 1
 
+    def forget(self) -> None:
+        """Moments of zero, as before the first step."""
+        for moment in (*self._exp_avg.values(), *self._exp_avg_sq.values()):
+            moment.zero_()
+
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -141,13 +146,16 @@ class ShardedAdamW:
 
     def _update(self, names: list[str], rate: float, weight_decay: float) -> None:
         gradients = [self.parameters[name].grad for name in names]
+        parameters = [local(self.parameters[name]) for name in names]
+        # the fused kernel reads its step counts where it runs
+        steps = torch.full((len(names),), float(self.steps), device=parameters[0].device)
         adamw(
-            [local(self.parameters[name]) for name in names],
+            parameters,
             [local(gradient) for gradient in gradients if gradient is not None],
             [self._exp_avg[name] for name in names],
             [self._exp_avg_sq[name] for name in names],
             [],
-            list(torch.full((len(names),), float(self.steps)).unbind()),
+            list(steps.unbind()),
             fused=True,
             amsgrad=False,
             beta1=self.config.betas[0],

@@ -125,9 +125,7 @@ class BadBatches:
         """Remembers the batch of a bad step for good. TrainingError: there were too many, or it is not wished."""
         self._setbacks += 1
         if self.config.bad_loss == "stop" or self._setbacks > self.config.max_failures:
-            raise TrainingError(
-                f"{bad}; resume from the last checkpoint with a lower train.learning_rate or train.clip"
-            ) from bad
+            raise TrainingError(f"{bad}; go on with a lower train.learning_rate or train.clip") from bad
         if dist.get_rank() == 0:
             place = {"position": bad.position, "context": self.context, "batch": self.batch}
             record_skipped(self.run, step=step, **place, cause=str(bad))

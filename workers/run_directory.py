@@ -26,6 +26,7 @@ from pydantic import field_validator
 
 from ..data.credentials import refuse_credentials
 from ..data.errors import StoreUnavailable
+from ..data.storage import check_url
 from .configuration import Settings
 from .metrics import MetricsLog
 from .storage import Storage
@@ -58,7 +59,7 @@ class RunConfig(Settings):
     def _directory_is_complete_and_holds_no_secret(cls, directory: str) -> str:
         if not directory:
             raise ValueError("run.directory is empty; give a path or a URL")
-        if "://" not in directory:
+        if "://" not in check_url(directory):
             # Processes that a cluster starts have other current directories.
             return str(Path(directory).expanduser().absolute())
         return refuse_credentials("run.directory", directory)
@@ -126,8 +127,11 @@ class RunDirectory:
         self.storage.write_text(EXPERIMENT_FILE, text)
 
     def read_info(self) -> dict[str, Any]:
-        """The content of run.json; empty when there is none."""
-        return json.loads(self.storage.read_text(INFO_FILE)) if self.storage.exists(INFO_FILE) else {}
+        """The content of run.json; empty when there is none. ValueError: it is damaged."""
+        try:
+            return json.loads(self.storage.read_text(INFO_FILE)) if self.storage.exists(INFO_FILE) else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.url}/{INFO_FILE} is damaged: {error}") from None
 
     def update_info(self, **values: Any) -> None:
         """Sets keys of run.json. One process writes it (rank 0); its threads may."""
@@ -198,15 +202,22 @@ def list_runs(directory: str) -> list[RunDirectory]:
 
 def find_run(name_or_path: str, directory: str = "runs") -> RunDirectory:
     """The run at a path or URL, or of that name below `directory`. ValueError names the nearest if there is none."""
-    refuse_credentials("RUN", name_or_path)
-    for url in (name_or_path, f"{directory.rstrip('/')}/{name_or_path}"):
-        run = RunDirectory(url.rstrip("/"))
-        if run.exists():
-            return run
+    if (found := run_at(name_or_path, directory)) is not None:
+        return found
+    if "://" in name_or_path:
+        parent = name_or_path.rstrip("/").rpartition("/")[0]
+        raise ValueError(f"no run {name_or_path!r}; `longstride runs --directory {parent}` lists those beside it")
     names = [run.name for run in list_runs(directory)]
     nearest = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]}?" if nearest else f"{directory} holds {', '.join(names[-5:]) or 'no runs'}"
     raise ValueError(f"no run {name_or_path!r}: neither a path nor a name in {directory}; {hint}")
+
+
+def run_at(name_or_path: str, directory: str = "runs") -> RunDirectory | None:
+    """The run at a path or URL, or of that name below `directory`, if there is one."""
+    refuse_credentials("RUN", name_or_path)
+    places = [name_or_path] if "://" in name_or_path else [name_or_path, f"{directory.rstrip('/')}/{name_or_path}"]
+    return next((run for place in places if (run := RunDirectory(place.rstrip("/"))).exists()), None)
 
 
 def check_name(name: str) -> str:
@@ -222,7 +233,10 @@ def check_name(name: str) -> str:
 @functools.cache
 def code_version() -> str:
     """The package's version with the commit it was run from, marked when files differ from it. Found out once."""
-    version = metadata.version("longstride")
+    try:
+        version = metadata.version("longstride")
+    except metadata.PackageNotFoundError:  # the rooms are on the path without being installed
+        version = "uninstalled"
     root = Path(__file__).resolve().parent.parent
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
     if not commit or not (root / ".git").exists():

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..data import Corpus, DataConfig, Task
+from ..data.config import Length
 from ..models import LanguageModel
 from ..parallel import Mesh, SequenceShard
 from .configuration import Settings
@@ -28,14 +29,20 @@ class EvaluateConfig(Settings):
     """What `longstride evaluate` measures.
 
     Attributes:
-        lengths: of the held-out sequences, one after the other; none: `data.context`, as training validates.
+        lengths: of the held-out sequences, one after the other, such as [1024, 32k]; none: `data.context`, as training
+            validates.
         sequences: held-out sequences of each of `lengths`, at most.
         tokens: of all sequences of one length, at most; one sequence is always scored.
     """
 
-    lengths: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    lengths: tuple[Annotated[Length, Field(ge=1)], ...] = ()
     sequences: int = Field(default=64, ge=1)
     tokens: int = Field(default=1 << 22, ge=1)
+
+    @field_validator("lengths", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, lengths: Any) -> Any:
+        return (lengths,) if isinstance(lengths, (int, str)) else lengths
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class SplitModel:
 
     def _part(self, batch: Batch, rows: slice, part: Part | None, step: int, *, backward: bool) -> Losses:
         """Of some rows of the batch, without a graph."""
-        tokens_BT, targets_BT = (x[rows].to(self.mesh.device) for x in (batch.tokens_BT, batch.targets_BT))
+        there = {"device": self.mesh.device, "non_blocking": True}
+        tokens_BT, targets_BT = (x[rows].to(**there) for x in (batch.tokens_BT, batch.targets_BT))
         context, documents = self.experiment.data.context, batch.document_starts[rows]
         first_row = self.mesh.data_rank * len(batch.tokens_BT) + rows.start
         dropout_key = DropoutKey(self.experiment.seed, step, first_row) if backward else None

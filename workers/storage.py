@@ -46,8 +46,9 @@ class Storage:
         except (ValueError, ImportError) as error:
             raise ValueError(f"cannot open {mask_credentials(url)!r}: {error}") from None
         self.fs: AbstractFileSystem = fs
-        self.root = root.rstrip("/")
         self.local = isinstance(fs, LocalFileSystem)
+        # one name for one place, however it was reached
+        self.root = os.path.normpath(root) if self.local else root.rstrip("/")
         self.url = self.root if self.local else url.rstrip("/")
 
     def __truediv__(self, name: str) -> Storage:
@@ -63,9 +64,10 @@ class Storage:
             return bool(self.fs.exists(self.path(name)))
 
     def read_text(self, name: str) -> str:
-        """The whole file. FileNotFoundError if there is none."""
-        with self.explained(name), self.open(name, "rb") as stream:
-            return stream.read().decode("utf-8")
+        """The whole file as it was at one moment. FileNotFoundError if there is none."""
+        with self.explained(name):
+            # In one request: what s3fs opens or reads side by side expires when it is replaced meanwhile.
+            return cast("bytes", self.fs.cat_file(self.path(name), max_concurrency=1)).decode("utf-8")
 
     def write_text(self, name: str, text: str) -> None:
         """Replaces the file atomically and durably."""

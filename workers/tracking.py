@@ -80,7 +80,8 @@ class Tracker:
         self.run, self.sink, self.interval = run, sink, interval
         self.sent_until: Order | None = None  # the last record that the sink has; None before it is connected
         self.failures = 0
-        self.last_failure = ""
+        self.last_failure = ""  # while it fails
+        self._told_of_failure = False
         self._queue: deque[StepRecord] = deque(maxlen=QUEUE_LENGTH)
         self._newest = 0
         self._caught_up = False  # with what earlier starts left in the log
@@ -95,6 +96,16 @@ class Tracker:
         self._queue.append(record)  # a full queue drops its oldest: it will be replayed from the log
         self._newest = record.step
 
+    def take_note(self) -> str | None:
+        """A line when the sink has begun to fail, and one when it takes records again; None in between."""
+        cause = self.last_failure
+        if bool(cause) == self._told_of_failure:
+            return None
+        self._told_of_failure = bool(cause)
+        if cause:
+            return f"tracking: MLflow does not take records ({cause}); metrics.jsonl has them, and it is tried again"
+        return "tracking: MLflow takes records again"
+
     def close(self, status: str = "FINISHED", patience: float = 30.0) -> str | None:
         """Sends the rest, trying again for `patience` seconds; a line about what could not be sent, None if nothing."""
         self._status, self._deadline = status, time.monotonic() + patience
@@ -107,7 +118,10 @@ class Tracker:
             behind = len(self._unsent())
         except OSError:  # the store of the log is lost too
             behind = len(self._queue)
-        return f"tracking: {behind} of {self._newest} steps are not in MLflow{cause}; metrics.jsonl has them all"
+        return (
+            f"tracking: {behind} of {self._newest} steps are not in MLflow{cause}; metrics.jsonl has them all, and "
+            f"`longstride track {self.run.url}` sends them"
+        )
 
     def _work(self) -> None:
         pause = 0.0

@@ -173,6 +173,7 @@ class Trainer:
         batch = next(self.loader)
         reading = time.perf_counter() - asked
         losses = self._losses(batch, backward=True)
+        # Here the process waits for its device: a bad loss or norm must be known before the weights see it.
         norm = self._split.clip(self.experiment.train.clip)
         loss = float(losses.cross_entropy.detach())
         if problem := self.bad_batches.guard.problem(loss, norm):
@@ -283,6 +284,8 @@ class Trainer:
             self.reporter.stepped(record)
             if self.tracker is not None:
                 self.tracker.record(record)
+                if line := self.tracker.take_note():
+                    self.reporter.noted(line)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step_count % every == 0

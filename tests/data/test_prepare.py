@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from longstride.data import CorpusError, DataConfig, SequenceLoader, ShardedCorpus, open_corpus, prepare
 from longstride.data import parts as parts_module
 from longstride.data.sources import cut, documents, expand
+from longstride.data.storage import patiently
 
 from .conftest import TEXTS, stream, with_blocks_of
 
@@ -269,6 +271,17 @@ def test_an_unwritable_folder_is_one_clear_line(jsonl, tmp_path):
     with pytest.raises(CorpusError, match=r"cannot (write|list)"):
         prepare(jsonl, str(tmp_path / "file" / "out"))
     assert threading.active_count() < 10
+
+
+def test_a_full_disk_is_not_tried_again(caplog):
+    def write():
+        with Path("/dev/full").open("wb") as disk:
+            disk.write(b"x")
+
+    began = time.monotonic()
+    with pytest.raises(CorpusError, match=r"^cannot write x: No space left on device$"):
+        patiently(write, "cannot write x")
+    assert time.monotonic() - began < 0.4 and not caplog.records
 
 
 _KILLED = """

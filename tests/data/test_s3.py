@@ -70,6 +70,10 @@ def test_a_missing_object_or_bucket_is_named(raw):
         open_corpus("s3://bucket/holed")
     with pytest.raises(CorpusError, match=r"s3://nobucket/x is not a prepared corpus"):
         open_corpus("s3://nobucket/x")
+    with pytest.raises(CorpusError, match=r"cannot write s3://nobucket/x/prepare.plan: no such bucket"):
+        prepare(f"{raw}/*.jsonl", "s3://nobucket/x")
+    with pytest.raises(CorpusError, match=r"s3:/bucket/x has one slash .* write s3://bucket/x"):
+        prepare(f"{raw}/*.jsonl", "s3:/bucket/x")
 
 
 def test_patience_has_an_end(caplog):

@@ -65,3 +65,10 @@ def test_a_wrong_line_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         test_it_is_understood("x.md", "train configs/quickstart.yaml train.stepz=3", monkeypatch)
     with pytest.raises(SystemExit):
         test_it_is_understood("x.md", "train configs/quickstart.yaml --adress auto", monkeypatch)
+
+
+def test_python_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = [block for path in TEXTS for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)]
+    for block in blocks:
+        exec(compile(block, "documentation", "exec"), {})
+    assert len(blocks) >= 1 and capsys.readouterr().out

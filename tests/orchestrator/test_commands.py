@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,22 @@ def test_a_bug_is_one_line_and_a_file(
     assert "Traceback" in (place / "runs" / "small" / "failure.txt").read_text()
     assert "resume" in advice
     assert "from step 2" in advice
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["small", "stopped", "3/6"], "though just now it ran"
+
+
+def test_a_damaged_run_does_not_hide_the_others(run: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, place / "runs" / "other")
+    (run / "run.json").write_text("{")
+    assert main(["runs"]) == 0
+    output = capsys.readouterr()
+    assert [line.split()[:2] for line in output.out.splitlines()[1:]] == [
+        ["other", "finished"],
+        ["small", "unreadable"],
+    ]
+    assert output.err.startswith(f"note: small is unreadable: {run}/run.json is damaged: ")
+    assert main(["resume", "small", "train.steps=8"]) == 2
+    assert capsys.readouterr().err.startswith(f"longstride: {run}/run.json is damaged: ")
 
 
 def test_under_torchrun(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

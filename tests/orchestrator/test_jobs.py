@@ -16,7 +16,6 @@ import pytest
 
 from longstride.data import open_corpus
 from longstride.orchestrator.cli import main
-from longstride.orchestrator.job_commands import with_absolute_corpus
 from longstride.orchestrator.jobs import job_environment, pack
 from longstride.orchestrator.wheel import ROOMS, build_wheel, package_files
 from longstride.workers import Experiment
@@ -99,7 +98,9 @@ def test_a_server_that_is_no_dashboard(place: Path, stranger: str, capsys: pytes
     assert f"{stranger} does not answer as a Ray dashboard" in error
 
 
-def test_prepare_and_train_on_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_and_train_on_it(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (place / "texts").mkdir()
     for number in range(40):
         (place / "texts" / f"{number}.txt").write_text(f"Text {number} is a text of a few words.\n" * 20)
@@ -112,9 +113,14 @@ def test_prepare_and_train_on_it(place: Path, capsys: pytest.CaptureFixture[str]
 
     assert main(["train", "small.yaml", "data.corpus=corpus"]) == 0
     assert len(losses(place / "runs" / "small")) == 6
-    sent = with_absolute_corpus(Experiment.load("small.yaml", ["data.corpus={corpus: 2, python-source: 1}"]))
+    sent = Experiment.load("small.yaml", ["data.corpus={corpus: 2, python-source: 1}"])
     assert sent.data.corpus == {str(place / "corpus"): 2, "python-source": 1}, "a job has another current directory"
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir("/")
+        assert main(["generate", str(place / "runs" / "small"), "--prompt", "a", "--tokens", "2"]) == 0, "and so may we"
     capsys.readouterr()
+    assert main(["train", "small.yaml", "data.corpus=texts"]) == 2
+    assert "run `longstride prepare " in (error := capsys.readouterr().err) and error.endswith("give data.corpus=OUT\n")
 
     assert main(["prepare", "texts", "corpus", "--tokenizer", "dna"]) == 2
     assert "take another folder, or overwrite it" in capsys.readouterr().err

@@ -141,10 +141,17 @@ def test_out_and_in_again(task: Path, place: Path, capsys: pytest.CaptureFixture
 
     result = launched("import", "out", "runs/split", "data.context=64", "tracking.enabled=false")
     assert result.returncode == 0, result.stderr
+    assert main(["generate", "split", "--prompt", "abc", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out == text
     result = launched("export", "split", "again", "--layout", "mamba")
     assert result.returncode == 0, result.stderr
+    result = launched("import", "copying", "runs/child", "data.context=64")
+    assert result.returncode == 0, result.stderr
+    assert "runs/child holds the weights of copying after step 2 as step 0" in result.stdout
+    assert main(["export", "child", "third", "--layout", "mamba"]) == 0
     before, after = (load_file(place / name / "model.safetensors") for name in ("out", "again"))
     assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before)
+    assert (place / "third" / "model.safetensors").read_bytes() == (place / "out" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -152,6 +159,7 @@ def test_out_and_in_again(task: Path, place: Path, capsys: pytest.CaptureFixture
     [
         (["import", "nowhere", "runs/mine"], "no directory nowhere"),
         (["import", "task.yaml", "runs/mine"], "task.yaml"),
+        (["import", "copying", "runs/mine", "data.corpus=python-source"], "was trained on ids-16"),
         (["export", "copying", "out", "--layout", "llama"], "cannot be stored as llama"),
         (["export", "copying", "out", "--layout", "lama"], "no layout 'lama'"),
         (["export", "copying", "s3://bucket/out", "--layout", "mamba"], "OUT=s3://bucket/out is a URL"),

@@ -12,7 +12,15 @@ from longstride.orchestrator import cluster, launcher
 from longstride.orchestrator.cluster import Resources, choose_device
 from longstride.orchestrator.failures import Fault, RunFailed, Terminated, is_mistake, one_line, raise_fault, root_cause
 from longstride.orchestrator.records import Outbox
-from longstride.orchestrator.stopping import ECHO_SECONDS, StopRequest, postponed, stoppable, terminable, undisturbed
+from longstride.orchestrator.stopping import (
+    ECHO_SECONDS,
+    STOPPING,
+    StopRequest,
+    postponed,
+    stoppable,
+    terminable,
+    undisturbed,
+)
 from longstride.orchestrator.tables import amount_of_bytes, columns
 
 ECHO = Fault(0, "RuntimeError", "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:31416")
@@ -76,11 +84,13 @@ def test_the_second_signal_ends_what_the_first_only_asked_to(monkeypatch: pytest
     before = signal.getsignal(signal.SIGINT)
     now = [100.0]
     monkeypatch.setattr("longstride.orchestrator.stopping.time.monotonic", lambda: now[0])
-    request = StopRequest()
+    told: list[str] = []
+    request = StopRequest(told.append)
     with stoppable(request):
         signal.raise_signal(signal.SIGINT)
         assert request.event.is_set()
         signal.raise_signal(signal.SIGINT)  # a launcher's echo
+        assert told == [STOPPING]
         now[0] += ECHO_SECONDS + 1
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -43,6 +43,8 @@ def test_expand_turns_a_value_into_a_section_only_where_an_override_reaches_into
     [
         ({"stepz": 3}, "unknown setting stepz; did you mean steps?"),
         ({"train": {"learning_rte": 3}}, "unknown setting train.learning_rte; did you mean train.learning_rate?"),
+        ({"learning_rate": 3}, "unknown setting learning_rate; did you mean train.learning_rate?"),
+        ({"train": {"betas": 3}}, "train.betas=3: the value should be a list, as in [1, 2]"),
         ({"train": {"zzz": 3}}, "unknown setting train.zzz; train has learning_rate, betas"),
         ({"steps": "many"}, "steps='many': the value should be a valid integer"),
         ({"steps": 0}, "steps=0: the value should be greater than or equal to 1"),
@@ -60,6 +62,7 @@ def test_mistakes_are_one_line_with_the_path(tree: dict[str, object], line: str)
     ("text", "line"),
     [
         ("a: [1", "cfg.yaml line"),
+        ("a:\n\tb: 1", "line 2: .*indent with spaces"),
         ("a: 1\na: 2", "the key 'a' is given twice"),
         ("- 1", "expected keys and values, found a list"),
         ("a: !!python/object/apply:os.system [true]", "not valid YAML"),

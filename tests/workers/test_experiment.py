@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+import yaml
 
 from longstride.workers import ConfigError, Experiment, create_run
 from longstride.workers.experiment import default_name
@@ -45,6 +46,22 @@ def test_the_resolved_experiment_is_read_again_as_it_was(config: str, tmp_path: 
     assert Experiment.load(str(tmp_path / "again.yaml")) == experiment
 
 
+def test_options_of_layers_that_a_model_lacks_are_left_out(config: str, tmp_path: Path) -> None:
+    words = ["model=mamba-small", "model.retnet.heads=4"]
+    experiment = Experiment.load(config, words)
+    text = experiment.to_yaml()
+    found = yaml.safe_load(text)["model"]
+    assert found["mamba"]["state"] == experiment.model.mamba.state and found["retnet"]["heads"] == 4, (
+        "one is not default"
+    )
+    assert not found.keys() & {"s4d", "rwkv7", "moe", "attention"}
+    (tmp_path / "again.yaml").write_text(text)
+    assert Experiment.load(str(tmp_path / "again.yaml")) == experiment
+    (tmp_path / "later.yaml").write_text(text.replace("retnet:", "retentive:"))
+    with pytest.raises(ConfigError, match=r"unknown setting model\.retentive"):
+        Experiment.load(str(tmp_path / "later.yaml"))
+
+
 def test_a_run_is_named_after_its_config_and_the_time() -> None:
     assert default_name("s3://bucket/my config.v2.yaml").startswith("my-config-v2-20")
     assert default_name("configs/quickstart.yaml").count("-") == 2
@@ -53,6 +70,11 @@ def test_a_run_is_named_after_its_config_and_the_time() -> None:
 def test_degrees_left_to_themselves(config: str) -> None:
     degrees = Experiment.load(config, ["workers=4", "parallel.data=2"]).degrees
     assert (degrees.replicate, degrees.data, degrees.sequence, degrees.expert) == (1, 2, 2, 4)
+
+
+@pytest.mark.parametrize("override", ["evaluate.lengths=2k", "evaluate.lengths=2048", "evaluate.lengths=[2k]"])
+def test_lengths_are_written_as_contexts_are(config: str, override: str) -> None:
+    assert Experiment.load(config, [override]).evaluate.lengths == (2048,)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +95,8 @@ def test_degrees_left_to_themselves(config: str) -> None:
         ("parallel.expert=3", "does not divide the model's 4 experts"),
         ("parallel=[1]", "parallel=[1]"),
         ("train.warmup=2000", "train.warmup=2000 leaves nothing of train.steps=1000"),
+        ("run.directory=s3:/bucket/runs", "s3:/bucket/runs has one slash behind the colon: write s3://bucket/runs"),
+        ("evaluate.lengths=[64, 1g]", "'1g' is no number of tokens; write it as 8192, 8k or 1M"),
         ("run.name=../elsewhere", "run.name='../elsewhere' cannot be used"),
         ("tracking.uri=http://me:hunter2@host", "tracking.uri=http://***@host holds credentials"),
         ("model.layers='[mamba, mumba]'", "mumba"),

@@ -55,9 +55,17 @@ def test_a_gpu_is_asked_and_may_be_silent_about_its_use(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**30, 8 * 2**30))
     monkeypatch.setattr(torch.cuda, "utilization", lambda: 73)
     assert HostSampler(on_gpu=True)()[2:] == (73.0, 5 * 2**30)
-    monkeypatch.setattr(torch.cuda, "utilization", silent)
-    percent, memory = HostSampler(on_gpu=True)()[2:]
-    assert math.isnan(percent) and memory == 5 * 2**30
+
+    class NVMLError(Exception):
+        """Not one of Python's, as NVML's own are."""
+
+    def unknown() -> float:
+        raise NVMLError("Not Supported")
+
+    for answer in (silent, unknown):
+        monkeypatch.setattr(torch.cuda, "utilization", answer)
+        percent, memory = HostSampler(on_gpu=True)()[2:]
+        assert math.isnan(percent) and memory == 5 * 2**30
 
 
 def exchange(rank: int, world_size: int) -> Shared:

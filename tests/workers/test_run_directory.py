@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from longstride.workers import metrics
 from longstride.workers.configuration import ConfigError, validate
 from longstride.workers.metrics import METRICS_FILE, StepRecord, read_records
-from longstride.workers.run_directory import RunConfig, RunDirectory, check_name, find_run, list_runs
+from longstride.workers.run_directory import RunConfig, RunDirectory, check_name, code_version, find_run, list_runs
 from longstride.workers.storage import Storage
 
 
@@ -34,8 +35,12 @@ def test_create_find_list(place: str) -> None:
     assert run.read_info()["starts"][0]["step"] == 5
     assert [found.name for found in list_runs(place)] == ["first"]
     assert find_run("first", place).url == find_run(run.url).url == run.url
+    if "://" not in place:  # one name for one place: MLflow's store is found by it
+        assert find_run("first", f"{place}/../{Path(place).name}").url == run.url
     with pytest.raises(ValueError, match="did you mean first"):
         find_run("firts", place)
+    with pytest.raises(ValueError, match="`longstride runs --directory memory://elsewhere` lists"):
+        find_run("memory://elsewhere/first")
     with pytest.raises(ValueError, match=r"exists already.*longstride resume"):
         RunDirectory.create(place, "first", "")
 
@@ -115,3 +120,13 @@ def test_a_loss_that_is_no_number_is_still_json() -> None:
     line = replace(record(1), loss=float("nan")).to_json()
     assert json.loads(line)["loss"] is None
     assert StepRecord.from_dict(json.loads(line)).loss != StepRecord.from_dict(json.loads(line)).loss
+
+
+def test_the_rooms_need_not_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a network they may only lie on the path."""
+
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert code_version.__wrapped__().startswith("uninstalled")

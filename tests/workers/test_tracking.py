@@ -85,8 +85,10 @@ def test_what_a_lost_server_missed_is_sent_when_it_is_back(run: RunDirectory, mo
     sink.down = True
     feed(run, tracker, range(51, 200))
     until(lambda: tracker.failures >= 2)
+    assert "does not take records (connection refused)" in (tracker.take_note() or "")
     sink.down = False
     feed(run, tracker, range(200, 220))
+    until(lambda: tracker.take_note() == "tracking: MLflow takes records again")
     assert tracker.close() is None
     assert sink.steps == list(range(1, 220))
 
@@ -145,8 +147,16 @@ def test_a_server_that_is_down_is_one_line_at_the_end(run: RunDirectory) -> None
     sink.down = True
     tracker = Tracker(run, sink, interval=0.01)
     feed(run, tracker, range(1, 4))
+    until(lambda: tracker.failures > 0)
+    assert tracker.take_note() == (
+        "tracking: MLflow does not take records (connection refused); metrics.jsonl has them, and it is tried again"
+    )
+    assert tracker.take_note() is None, "said once"
     note = tracker.close(patience=0.5)
-    assert note == "tracking: 3 of 3 steps are not in MLflow (connection refused); metrics.jsonl has them all"
+    assert note == (
+        "tracking: 3 of 3 steps are not in MLflow (connection refused); metrics.jsonl has them all, and "
+        f"`longstride track {run.url}` sends them"
+    )
 
 
 def test_credentials_are_refused() -> None:
