@@ -83,7 +83,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="what to continue; repeat it for several"
     )
-    parser.add_argument("--tokens", type=int, metavar="N", help="how many tokens to add")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="how many tokens to add (default, as below: the run's `sample`)"
+    )
     parser.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token each time")
     parser.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest; 0: among all")
     parser.add_argument("--top-p", type=float, metavar="X", help="sample among the likeliest that sum to X")
@@ -133,10 +135,18 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="NAME", help="bytes (default), dna, bpe, or a tokenizer.json")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="of the bpe tokenizer that is trained")
     parser.add_argument("--separator", metavar="TOKEN", help="of a tokenizer.json: the token that ends a document")
-    parser.add_argument("--format", choices=("auto", "text", "jsonl", "parquet", "fasta"), metavar="KIND")
+    formats = ("auto", "text", "jsonl", "parquet", "fasta")
+    parser.add_argument(
+        "--format", choices=formats, metavar="KIND", help=f"{', '.join(formats[1:])} (default: by ending)"
+    )
     parser.add_argument("--field", metavar="NAME", help="key or column of the text (JSONL, Parquet; default: text)")
     parser.add_argument("--validation", type=float, metavar="SHARE", help="share to hold out (default: 0.05)")
-    parser.add_argument("--holdout", choices=("auto", "documents", "tail"), metavar="HOW")
+    parser.add_argument(
+        "--holdout",
+        choices=("auto", "documents", "tail"),
+        metavar="HOW",
+        help="whole documents, or the tail of each (default: tail for FASTA and few texts)",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: 2)")
     parser.add_argument("--overwrite", action="store_true", help="replace what another preparation left in OUT")
 

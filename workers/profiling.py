@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ def profile_name(step: int, rank: int) -> str:
 @contextmanager
 def profiled(run: RunDirectory, step: int, rank: int) -> Iterator[None]:
     """Profiles what is done inside and writes it into the run's directory; nothing where that fails."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library prints when it begins and ends
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as profiler:
         yield
