@@ -34,8 +34,8 @@ env: $(VENV)/.development
 
 # Tests that start Ray come after the others and alone: a cluster wants the cores for itself.
 test: $(VENV)/.development
-	$(BIN)/python -m pytest -m "not slow and not ray" $(ARGS) || [ $$? -eq $(NONE_SELECTED) ]
-	$(BIN)/python -m pytest -m "not slow and ray" $(ARGS) || [ $$? -eq $(NONE_SELECTED) ]
+	$(BIN)/python -m pytest -m "not slow and not soak and not ray" $(ARGS) || [ $$? -eq $(NONE_SELECTED) ]
+	$(BIN)/python -m pytest -m "not slow and not soak and ray" $(ARGS) || [ $$? -eq $(NONE_SELECTED) ]
 
 test-full: $(VENV)/.development
 	$(BIN)/python -m pytest -m "not soak" $(ARGS)

@@ -18,12 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longstride import kernels
-from longstride.kernels.gated_linear_attention import gated_linear_attention
-from longstride.kernels.modal_convolution import modal_convolution
 from longstride.kernels.selective_scan.portable import SelectiveScan
-from longstride.kernels.state_space_dual import state_space_dual
-from longstride.kernels.wkv4 import wkv4
-from longstride.kernels.wkv7 import wkv7
 
 from .measuring import Case
 
@@ -177,25 +172,25 @@ def _dual(length: int, heads: int = 4, width: int = 64, states: int = 16) -> Cas
     decay = -torch.rand(1, length, heads, generator=torch.Generator().manual_seed(0)) * 0.1
     inputs = [_random(1, length, heads, width), decay.requires_grad_()]
     inputs += [_random(1, length, 1, states, seed=1), _random(1, length, 1, states, seed=2)]
-    return inputs, state_space_dual
+    return inputs, kernels.state_space_dual
 
 
 def _gated(length: int, heads: int = 4, keys: int = 64) -> Case:
     decay = -torch.rand(1, length, heads, keys, generator=torch.Generator().manual_seed(0)) * 0.1
     inputs = [_random(1, length, heads, keys, seed=seed) for seed in range(3)] + [decay.requires_grad_()]
-    return inputs, gated_linear_attention
+    return inputs, kernels.gated_linear_attention
 
 
 def _modal(length: int, channels: int = 256, modes: int = 16) -> Case:
     poles = -torch.logspace(-4, 0, modes).repeat(channels, 1)
     inputs = [_random(1, length, channels), poles.requires_grad_(), _random(channels, modes, seed=1)]
-    return inputs, modal_convolution
+    return inputs, kernels.modal_convolution
 
 
 def _wkv4(length: int, channels: int = 256) -> Case:
     inputs = [_random(1, length, channels, seed=seed) for seed in range(2)]
     decay = -torch.logspace(-3, 0, channels)
-    return [*inputs, decay.requires_grad_(), _random(channels, seed=3)], wkv4
+    return [*inputs, decay.requires_grad_(), _random(channels, seed=3)], kernels.wkv4
 
 
 def _wkv7(length: int, heads: int = 4, width: int = 64) -> Case:
@@ -203,7 +198,7 @@ def _wkv7(length: int, heads: int = 4, width: int = 64) -> Case:
     r, k, v, direction = (_random(*shape, seed=seed) for seed in range(4))
     log_w = -torch.rand(shape, generator=torch.Generator().manual_seed(5)) * 0.6
     a = -F.normalize(direction.detach(), dim=-1)
-    return [r, log_w.requires_grad_(), k, v, a.requires_grad_(), (-0.5 * a.detach()).requires_grad_()], wkv7
+    return [r, log_w.requires_grad_(), k, v, a.requires_grad_(), (-0.5 * a.detach()).requires_grad_()], kernels.wkv7
 
 
 CASES: dict[str, Callable[..., Case]] = {

@@ -14,9 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longstride import kernels
-from longstride.kernels.gated_linear_attention import gated_linear_attention
-from longstride.kernels.modal_convolution import modal_convolution
-from longstride.kernels.state_space_dual import state_space_dual
 
 from . import gpu_common as gpu
 from .measuring import Case
@@ -93,15 +90,15 @@ def _modal_by_fft(u: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
 
 
 def _dual(**sizes: int) -> Case:
-    return _dual_inputs(**sizes), lambda *inputs: state_space_dual(*inputs)[0]
+    return _dual_inputs(**sizes), lambda *inputs: kernels.state_space_dual(*inputs)[0]
 
 
 def _gated(**sizes: int) -> Case:
-    return _gated_inputs(**sizes), lambda *inputs: gated_linear_attention(*inputs)[0]
+    return _gated_inputs(**sizes), lambda *inputs: kernels.gated_linear_attention(*inputs)[0]
 
 
 def _modal(**sizes: int) -> Case:
-    return _modal_inputs(**sizes), lambda *inputs: modal_convolution(*inputs)[0]
+    return _modal_inputs(**sizes), lambda *inputs: kernels.modal_convolution(*inputs)[0]
 
 
 def _wkv4(function: Callable[..., Any], batch: int, length: int, channels: int) -> Case:
@@ -188,9 +185,9 @@ def _dual_from_state(readout: bool, **sizes: int) -> Case:
     state = _state(sizes["batch"], sizes["heads"], sizes["width"], sizes["states"])
     if readout:
         return [state, decay, C], _dual_readout
-    return [state, decay, C, x, B], lambda state, decay, C, x, B: state_space_dual(x, decay, B, C, initial_state=state)[
-        0
-    ]
+    return [state, decay, C, x, B], lambda state, decay, C, x, B: kernels.state_space_dual(
+        x, decay, B, C, initial_state=state
+    )[0]
 
 
 def _gated_from_state(readout: bool, **sizes: int) -> Case:
@@ -198,7 +195,7 @@ def _gated_from_state(readout: bool, **sizes: int) -> Case:
     state = _state(sizes["batch"], sizes["heads"], sizes["keys"], sizes["keys"])
     if readout:
         return [state, q, decay], kernels.gated_linear_attention_readout
-    return [state, q, decay, k, v], lambda state, q, decay, k, v: gated_linear_attention(
+    return [state, q, decay, k, v], lambda state, q, decay, k, v: kernels.gated_linear_attention(
         q, k, v, decay, initial_state=state
     )[0]
 
@@ -214,7 +211,7 @@ def _modal_from_state(readout: bool, **sizes: int) -> Case:
     state, length = _state(sizes["batch"], sizes["channels"], sizes["states"]), sizes["length"]
     if readout:
         return [state, poles, residues], lambda *inputs: _modal_readout(*inputs, length)
-    return [state, poles, residues, u], lambda state, poles, residues, u: modal_convolution(
+    return [state, poles, residues, u], lambda state, poles, residues, u: kernels.modal_convolution(
         u, poles, residues, initial_state=state
     )[0]
 

@@ -41,6 +41,23 @@ class Row:
     extra: dict[str, float] = field(default_factory=dict)
 
 
+TIME, MEMORY = "wall_seconds", "peak_bytes"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A promise: case `one` takes at most `bound` times the time, or the memory, of case `other`, at the same sizes
+    unless `other_sizes` are given."""
+
+    what: str
+    one: str
+    other: str
+    sizes: dict[str, int]
+    measure: str
+    bound: float
+    other_sizes: dict[str, int] | None = None
+
+
 def forward_backward(function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
     """One pass over all differentiable inputs; the gradients are dropped."""
     outputs = function(*inputs)
@@ -86,6 +103,33 @@ def measure(
             return Row(group, name, arguments, error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
+def find(rows: Sequence[Row], name: str, sizes: dict[str, Any]) -> Row | None:
+    """The row of a case, where it was measured."""
+    return next((row for row in rows if row.name == name and row.arguments == sizes and not row.error), None)
+
+
+def check(rows: Sequence[Row], claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """The claims whose rows were measured."""
+    found = []
+    for claim in claims:
+        one, other = find(rows, claim.one, claim.sizes), find(rows, claim.other, claim.other_sizes or claim.sizes)
+        if one is None or other is None:
+            continue
+        ratio = getattr(one, claim.measure) / max(getattr(other, claim.measure), 1e-12)
+        outcome = {"claim": claim.what, "ratio": ratio, "bound": claim.bound, "holds": ratio <= claim.bound}
+        if claim.measure == TIME and one.cpu_seconds != one.wall_seconds:  # steadier beside other work
+            outcome["ratio_of_cpu_seconds"] = one.cpu_seconds / max(other.cpu_seconds, 1e-12)
+        found.append(outcome)
+    return found
+
+
+def verdict(outcome: dict[str, Any]) -> str:
+    """One line of `check`'s."""
+    beside = f" (CPU seconds {outcome['ratio_of_cpu_seconds']:.3g})" if "ratio_of_cpu_seconds" in outcome else ""
+    word = "holds" if outcome["holds"] else "MISSED"
+    return f"{word:>7}  {outcome['claim']}: {outcome['ratio']:.3g}{beside}, bound {outcome['bound']:.3g}"
+
+
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers were measured on."""
     processor = platform.processor() or platform.machine()
@@ -118,8 +162,7 @@ def table(rows: Sequence[Row], baseline: dict[str, str]) -> str:
             continue
         line = f"{row.name:<28}{size:>34}{row.wall_seconds:>10.4f}{row.cpu_seconds:>10.4f}"
         line += f"{row.peak_bytes / 2**20:>10.0f}"
-        base = next((r for r in rows if r.name == baseline.get(row.group) and r.arguments == row.arguments), None)
-        if base is not None and not base.error:
+        if (base := find(rows, baseline.get(row.group, ""), row.arguments)) is not None:
             memory = row.peak_bytes / max(base.peak_bytes, 1)
             line += f"{row.wall_seconds / base.wall_seconds:>8.2f}x{memory:>8.2f}x"
         lines.append(line)

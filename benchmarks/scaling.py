@@ -1,4 +1,4 @@
-"""How training scales with its sequence split, gloo on this machine, one thread per process. One command, ten minutes:
+"""How training scales with its sequence split, gloo on this machine, one thread per process. One command, some minutes:
 
     python -m benchmarks.scaling [--parts strong,weak,long] [--only mamba,hyena] [--save benchmarks/results]
 

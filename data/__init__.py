@@ -15,7 +15,8 @@ from .shards import ShardedCorpus
 from .subwords import SubwordTokenizer
 from .task_loader import TaskLoader, TaskValidation
 from .tasks import TASKS, Task, TasksConfig
-from .tokenizers import ByteTokenizer, DnaTokenizer, Tokenizer
+from .tokenizer_files import TokenizerFiles
+from .tokenizers import ByteTokenizer, DnaTokenizer, MuLawTokenizer, Tokenizer
 
 __all__ = [
     "SPLITS",
@@ -29,6 +30,7 @@ __all__ = [
     "DnaTokenizer",
     "HeldOut",
     "Mixture",
+    "MuLawTokenizer",
     "Prepared",
     "Progress",
     "SequenceLoader",
@@ -41,6 +43,7 @@ __all__ = [
     "TaskValidation",
     "TasksConfig",
     "Tokenizer",
+    "TokenizerFiles",
     "ValidationSet",
     "open_corpus",
     "prepare",

@@ -9,13 +9,13 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .blocks import block_checksums
 from .corpus import SPLITS
 from .errors import CorpusError
+from .shard_writer import ShardWriter
 from .shards import ShardEntry
-from .sources import Piece, documents
+from .sources import Piece, documents, recording
 from .storage import Folder
-from .tokenizers import Tokenizer
+from .tokenizers import DnaTokenizer, MuLawTokenizer, Tokenizer
 
 PARTS = "parts"
 _ENCODED_TOGETHER = 4 << 20
@@ -70,26 +70,55 @@ def make_part(
     folder: Folder, number: int, pieces: list[Piece], tokenizer: Tokenizer, division: Division, field: str
 ) -> Part:
     """Tokenise and write one part, its record last."""
-    streams: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    separator = np.array([tokenizer.separator], dtype=tokenizer.dtype)
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(ShardWriter(folder, f"{split}-{number:05d}", tokenizer)) for split in SPLITS]
+        if isinstance(tokenizer, MuLawTokenizer):
+            _write_recordings(writers, pieces, tokenizer, division)
+        else:
+            _write_texts(writers, pieces, tokenizer, division, field)
+        shards = {split: shard for split, writer in zip(SPLITS, writers, strict=True) if (shard := writer.finish())}
+    part = Part(shards=shards)
+    folder.write(f"{PARTS}/{number:05d}.json", part.model_dump_json().encode())
+    return part
+
+
+def _write_texts(
+    writers: list[ShardWriter], pieces: list[Piece], tokenizer: Tokenizer, division: Division, field: str
+) -> None:
     for texts in _batches(pieces, field):
         try:
             encoded = tokenizer.encode_batch([text for _, text in texts])
         except ValueError as error:
             files = sorted({piece.file.url for piece, _ in texts})
-            raise CorpusError(f"{files[0]}: {error}") from error
+            hint = "; `--tokenizer bytes --overwrite` takes any letters" if isinstance(tokenizer, DnaTokenizer) else ""
+            raise CorpusError(f"{files[0]}: {error}{hint}") from error
+        shares: tuple[list[np.ndarray], ...] = ([], [])
         for (_, text), tokens in zip(texts, encoded, strict=True):
             head = len(tokens) - division.tail(len(tokens))
             halves = (tokens[:0], tokens) if division.held_out(text) else (tokens[:head], tokens[head:])
-            for split, half in zip(SPLITS, halves, strict=True):
+            for share, half in zip(shares, halves, strict=True):
                 if len(half):
-                    streams[split].append(np.concatenate([half, separator]))
-    shards = {
-        split: _write_shard(folder, f"{split}-{number:05d}", stream) for split, stream in streams.items() if stream
-    }
-    part = Part(shards=shards)
-    folder.write(f"{PARTS}/{number:05d}.json", part.model_dump_json().encode())
-    return part
+                    share.append(half)
+        for writer, share in zip(writers, shares, strict=True):
+            writer.add(share)
+
+
+def _write_recordings(
+    writers: list[ShardWriter], pieces: list[Piece], tokenizer: MuLawTokenizer, division: Division
+) -> None:
+    """A recording's length and the hash of its content are known at its end: what is held out is moved there."""
+    train, validation = writers
+    for piece in pieces:
+        content, start = hashlib.blake2b(), train.num_tokens
+        for levels in recording(piece.file, tokenizer.sample_rate):
+            content.update(levels.data)
+            train.append(levels)
+        length = train.num_tokens - start
+        held_out = length if division.held_out(content.digest()) else division.tail(length)
+        train.hand_over(held_out, validation)
+        for writer, part in ((train, length - held_out), (validation, held_out)):
+            if part:
+                writer.end_document()
 
 
 def _batches(pieces: list[Piece], field: str) -> Iterator[list[tuple[Piece, bytes]]]:
@@ -104,21 +133,3 @@ def _batches(pieces: list[Piece], field: str) -> Iterator[list[tuple[Piece, byte
                 batch, size = [], 0
     if batch:
         yield batch
-
-
-def _write_shard(folder: Folder, name: str, stream: list[np.ndarray]) -> ShardEntry:
-    tokens = np.concatenate(stream).tobytes()
-    starts = np.cumsum([0, *(len(document) for document in stream)], dtype="<u8")
-    listing, checksums = starts[:-1].tobytes(), block_checksums(tokens)
-    shard = ShardEntry(
-        name=name,
-        num_tokens=int(starts[-1]),
-        num_documents=len(stream),
-        tokens_sha256=hashlib.sha256(tokens).hexdigest(),
-        documents_sha256=hashlib.sha256(listing).hexdigest(),
-        blocks_sha256=hashlib.sha256(checksums).hexdigest(),
-    )
-    folder.write(shard.tokens_file, tokens)
-    folder.write(shard.documents_file, listing)
-    folder.write(shard.blocks_file, checksums)
-    return shard

@@ -5,7 +5,6 @@ when all parts are there, `index.json`. Preparing again after an interruption ke
 depends on the sources and settings alone: not on the number of workers, and not on interruptions.
 """
 
-import difflib
 import hashlib
 import json
 import time
@@ -20,15 +19,16 @@ from .credentials import refuse_credentials
 from .errors import CorpusError
 from .order import stable_hash
 from .parts import PARTS, Division, Part, finished_parts, make_part
-from .shards import INDEX, PLAN, TOKENIZER, Index, find_problems, read_index
+from .shards import INDEX, PLAN, Index, find_problems, read_index
 from .sources import Kind, Piece, SourceFile, cut, documents, expand
 from .storage import Folder
 from .subwords import SubwordTokenizer, train_bpe
-from .tokenizers import BUILT_IN, Tokenizer
+from .tokenizer_choice import BPE_VOCABULARY, choose_tokenizer
+from .tokenizer_files import TOKENIZER
+from .tokenizers import Tokenizer
 
-_BPE_VOCABULARY = 4096
 _TRAINING_BYTES = 32 << 20
-_FEW_TEXTS = 100
+_FEW_FILES = 100
 Holdout = Literal["auto", "documents", "tail"]
 
 
@@ -62,9 +62,10 @@ def prepare(
     sources: str | list[str],
     out: str,
     *,
-    tokenizer: str = "bytes",
+    tokenizer: str = "auto",
     vocab_size: int | None = None,
     separator: str | None = None,
+    sample_rate: int | None = None,
     format: Kind | Literal["auto"] = "auto",
     field: str = "text",
     validation: float = 0.05,
@@ -80,13 +81,15 @@ def prepare(
         sources: files, folders (everything below), globs; paths or fsspec URLs (s3://bucket/*.jsonl).
         out: folder to write, path or fsspec URL.
         tokenizer: "bytes", "dna", "bpe" (trained on a sample of the sources, each digit a token of its own), or the
-            path or URL of a tokenizer.json. vocab_size: for "bpe" only, default 4096. separator: for a tokenizer.json
-            only, the token that ends a document, where it has an unusual name.
-        format: "text" (a file is a document), "jsonl", "parquet", "fasta" (a record is one), or by file ending.
-            Compressed files (.gz, .bz2, .xz) are read as what is in them.
+            path or URL of a tokenizer.json; "auto" takes "dna" where all files are FASTA, "mu-law" for audio, which
+            takes no other, and "bytes" otherwise. vocab_size: for "bpe" only, default 4096. separator: for a
+            tokenizer.json only, the token that ends a document, where it has an unusual name.
+        sample_rate: for audio only, in Hz, default 16000: what recordings are resampled to.
+        format: "text" and "audio" (a file is a document), "jsonl", "parquet", "fasta" (a record is one), or by file
+            ending. Compressed files (.gz, .bz2, .xz) are read as what is in them.
         field: key or column that holds the text, for JSONL and Parquet.
         validation: share to hold out. holdout: "documents" holds out whole documents by a hash of their content, "tail"
-            the end of each; "auto" takes the tail for FASTA and for fewer than 100 text files.
+            the end of each; "auto" takes the tail for FASTA and for fewer than 100 text or audio files.
         part_bytes: source bytes in a shard, about. workers: threads. progress: called as parts are finished.
         overwrite: replace what another preparation left in `out`.
 
@@ -96,8 +99,9 @@ def prepare(
     began = time.monotonic()
     if not 0 <= validation < 1:
         raise ValueError(f"validation {validation} is not a share: take 0 or more and less than 1, as in 0.05")
-    if part_bytes < 1 or workers < 1:
-        raise ValueError(f"part_bytes {part_bytes} and workers {workers} must be at least 1")
+    for name, value in (("workers", workers), ("part_bytes", part_bytes)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
     sources = [sources] if isinstance(sources, str) else sources
     for what, url in (("OUT", out), ("--tokenizer", tokenizer), *(("SOURCE", source) for source in sources)):
         refuse_credentials(what, url)
@@ -105,7 +109,7 @@ def prepare(
     own = folder.fs.unstrip_protocol(folder.root) + "/"
     files = expand(sources, format, exclude=own)
     division = Division(validation, _choose_holdout(files) if holdout == "auto" else holdout)
-    name, loaded = _identify_tokenizer(tokenizer, vocab_size, separator)
+    name, loaded = choose_tokenizer(files, tokenizer, vocab_size, separator, sample_rate)
     plan = _digest(
         [(file.url, file.size, file.kind) for file in files], name, field, validation, division.holdout, part_bytes
     )
@@ -114,7 +118,7 @@ def prepare(
 
     parts = cut(files, part_bytes)
     if loaded is None:
-        loaded = _trained_tokenizer(folder, parts, division, field, vocab_size or _BPE_VOCABULARY)
+        loaded = _trained_tokenizer(folder, parts, division, field, vocab_size or BPE_VOCABULARY)
     elif isinstance(loaded, SubwordTokenizer):
         folder.write(TOKENIZER, loaded.content.encode())
     made = _make_parts(folder, parts, loaded, division, field, workers, progress)
@@ -171,33 +175,8 @@ def _make_parts(
 
 def _choose_holdout(files: list[SourceFile]) -> Literal["documents", "tail"]:
     kinds = {file.kind for file in files}
-    few_texts = kinds == {"text"} and len(files) < _FEW_TEXTS
-    return "tail" if few_texts or "fasta" in kinds else "documents"
-
-
-def _identify_tokenizer(tokenizer: str, vocab_size: int | None, separator: str | None) -> tuple[str, Tokenizer | None]:
-    """What stands for the tokenizer in the plan, and the tokenizer unless it is still to be trained."""
-    if vocab_size is not None and tokenizer != "bpe":
-        raise ValueError(f"vocab_size is chosen for a tokenizer that is trained here (bpe), not for {tokenizer!r}")
-    if separator is not None and (tokenizer == "bpe" or tokenizer in BUILT_IN):
-        raise ValueError(f"a separator is chosen for a tokenizer.json, not for {tokenizer!r}")
-    if tokenizer == "bpe":
-        return f"bpe:{vocab_size or _BPE_VOCABULARY}", None
-    if tokenizer in BUILT_IN:
-        return tokenizer, BUILT_IN[tokenizer]()
-    if not tokenizer.endswith(".json"):
-        names = ["bpe", *BUILT_IN]
-        near = difflib.get_close_matches(tokenizer, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"take {', '.join(names)}, or the path of a tokenizer.json"
-        raise ValueError(f"unknown tokenizer {tokenizer!r}: {hint}")
-    parent, _, file = tokenizer.rpartition("/")
-    try:
-        loaded = SubwordTokenizer(Folder(parent or ".").read(file).decode("utf-8", "replace"), separator=separator)
-    except CorpusError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"{tokenizer}: {error}") from error
-    return f"{loaded.name}:{loaded.separator}", loaded
+    few = kinds in ({"text"}, {"audio"}) and len(files) < _FEW_FILES
+    return "tail" if few or "fasta" in kinds else "documents"
 
 
 def _digest(*settings: object) -> str:
@@ -220,7 +199,9 @@ def _claim(folder: Folder, plan: str, overwrite: bool) -> bool:
                 "take another folder, or overwrite it"
             )
         ours = [
-            name for name in names if name in (PLAN, TOKENIZER) or name.endswith((".tokens", ".documents", ".blocks"))
+            name
+            for name in names
+            if name in (PLAN, TOKENIZER) or name.endswith((".tokens", ".documents", ".blocks", ".writing"))
         ]
         parts = [f"{PARTS}/{name}" for name in folder.sizes(PARTS)]
         folder.remove([INDEX] * (INDEX in names) + parts + ours)

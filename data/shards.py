@@ -26,13 +26,13 @@ from .corpus import SPLITS, Corpus
 from .errors import CorpusError
 from .storage import Folder
 from .subwords import SubwordTokenizer
-from .tokenizers import BUILT_IN, Tokenizer
+from .tokenizer_files import TOKENIZER
+from .tokenizers import Tokenizer, built_in
 
 log = logging.getLogger(__name__)
 
 INDEX = "index.json"
 PLAN = "prepare.plan"  # of a preparation that has begun
-TOKENIZER = "tokenizer.json"
 _SHARDS_OF_DOCUMENTS_KEPT = 256
 _REMOTE_READS = 8
 Verify = Literal["size", "blocks", "checksum"]
@@ -110,8 +110,8 @@ def read_index(folder: Folder) -> Index:
 
 def read_tokenizer(folder: Folder, index: Index) -> Tokenizer:
     """The tokenizer that the shards were written with."""
-    if index.tokenizer in BUILT_IN:
-        return BUILT_IN[index.tokenizer]()
+    if own := built_in(index.tokenizer):
+        return own
     tokenizer = SubwordTokenizer(folder.read(TOKENIZER).decode("utf-8", "replace"), separator=index.separator)
     if tokenizer.name != index.tokenizer:
         raise CorpusError(f"{folder.url}/{TOKENIZER} is not the one that the corpus was prepared with: restore it")

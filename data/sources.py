@@ -1,21 +1,28 @@
-"""Raw sources: text, JSONL, Parquet and FASTA files, cut into pieces that can be read apart, document by document."""
+"""Raw sources: text, JSONL, Parquet, FASTA and audio files, cut into pieces that can be read apart, by document."""
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Literal
 
 import fsspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from .errors import CorpusError
 from .storage import explained, one_line, patiently, resolve
 
-Kind = Literal["text", "jsonl", "parquet", "fasta"]
+Kind = Literal["text", "jsonl", "parquet", "fasta", "audio"]
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
     **dict.fromkeys((".fa", ".fasta", ".fna", ".ffn", ".fas"), "fasta"),
+    **dict.fromkeys((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff"), "audio"),
 }
 
 
@@ -49,7 +56,10 @@ def expand(sources: list[str], kind: Kind | Literal["auto"] = "auto", exclude: s
         fs, path = resolve(source)
         found = patiently(lambda fs=fs, path=path: _find(fs, path), f"cannot read {source}")
         urls = {fs.unstrip_protocol(name): size for name, size in found.items()}
-        urls = {url: size for url, size in urls.items() if not (exclude and url.startswith(exclude)) and size}
+        urls = {url: size for url, size in urls.items() if not (exclude and url.startswith(exclude))}
+        if urls and not any(urls.values()):
+            raise CorpusError(f"nothing is in {source}: {len(urls)} empty file{'s'[: len(urls) != 1]}")
+        urls = {url: size for url, size in urls.items() if size}
         if not urls:
             raise CorpusError(f"no source files at {source}: is the path right?")
         for url, size in urls.items():
@@ -87,7 +97,7 @@ def cut(files: list[SourceFile], size: int) -> list[list[Piece]]:
 
 
 def _pieces(file: SourceFile, size: int) -> list[Piece]:
-    if file.size <= size or file.kind == "text" or (file.compression and file.kind != "parquet"):
+    if file.size <= size or file.kind in ("text", "audio") or (file.compression and file.kind != "parquet"):
         return [Piece(file, 0, None, file.size)]
     if file.kind == "parquet":
         with _open(file) as stream:
@@ -100,7 +110,7 @@ def _pieces(file: SourceFile, size: int) -> list[Piece]:
 
 
 def documents(piece: Piece, field: str = "text") -> Iterator[bytes]:
-    """The documents of a piece, as bytes (UTF-8 where the format says text), empty ones left out.
+    """The documents of a piece of anything but audio, as bytes (UTF-8 where the format says text), without empty ones.
 
     `field`: the key of JSONL objects, or column of Parquet files, that holds the text.
     CorpusError: the file is gone or is not what its ending says; names the file and the line. StoreUnavailable: the
@@ -114,6 +124,37 @@ def documents(piece: Piece, field: str = "text") -> Iterator[bytes]:
         raise
     except Exception as error:  # of the store, the decompressor or the format: each library has its own
         raise explained(error, f"cannot read {piece.file.url}") from error
+
+
+def recording(file: SourceFile, sample_rate: int) -> Iterator[np.ndarray]:
+    """The mu-law levels of an audio file at `sample_rate` Hz, uint8, in blocks; see `audio.read_levels`.
+
+    CorpusError: the file is gone, is no sound, is damaged or breaks off; names the file. StoreUnavailable: as above.
+    """
+    from .audio import read_levels  # loads the libraries for sound
+
+    try:
+        with _on_disk(file) as path:
+            yield from read_levels(path, sample_rate)
+    except CorpusError:
+        raise
+    except Exception as error:
+        raise explained(error, f"cannot read {file.url}") from error
+
+
+@contextmanager
+def _on_disk(file: SourceFile) -> Iterator[str]:
+    """The path of a file on this machine: its own, or a copy's where it lies elsewhere or is compressed."""
+    filesystem, path = resolve(file.url)
+    if isinstance(filesystem, LocalFileSystem) and not file.compression:
+        with Path(path).open("rb"):  # libsndfile does not say why it cannot
+            yield path
+        return
+    with tempfile.NamedTemporaryFile() as copy:
+        with _open(file) as stream:
+            shutil.copyfileobj(stream, copy, 1 << 20)
+        copy.flush()
+        yield copy.name
 
 
 def _open(file: SourceFile) -> IO[bytes]:

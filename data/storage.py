@@ -4,13 +4,15 @@ Two errors come of it. `CorpusError`: the user can mend it (no such file, not pe
 `StoreUnavailable`: nobody could be reached within our patience; another attempt, later, may go well.
 """
 
+import contextlib
 import errno
 import logging
 import re
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -108,7 +110,8 @@ def is_unreachable(error: Exception) -> bool:
 def one_line(error: BaseException) -> str:
     """The cause as one line, never empty."""
     if isinstance(error, FileNotFoundError):
-        return "no such bucket" if "bucket does not exist" in str(error) else "no such file"
+        answer: dict[str, Any] = getattr(error.__cause__, "response", {})  # of S3; its message may be empty
+        return "no such bucket" if answer.get("Error", {}).get("Code") == "NoSuchBucket" else "no such file"
     if type(error).__name__ in _NO_CREDENTIALS:
         return "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -150,6 +153,32 @@ class Folder:
                 Path(f"{path}.writing").replace(path)
             else:
                 self.fs.pipe_file(path, content)
+
+        patiently(store, f"cannot write {self.url}/{name}")
+
+    @contextlib.contextmanager
+    def staged(self, name: str) -> Iterator[IO[bytes]]:
+        """A file on a disk of this machine, to write and read, for `commit`; afterwards nothing else of it is left."""
+        if not self.is_local:
+            with tempfile.NamedTemporaryFile() as file:
+                yield file
+            return
+        path = Path(f"{self.path(name)}.writing")
+        try:
+            with path.open("w+b") as file:
+                yield file
+        finally:
+            path.unlink(missing_ok=True)
+
+    def commit(self, name: str, file: IO[bytes]) -> None:
+        """Makes a staged file the file `name`, whole or not at all."""
+
+        def store() -> None:
+            file.flush()
+            if self.is_local:
+                Path(file.name).replace(self.path(name))
+            else:
+                self.fs.put_file(file.name, self.path(name))
 
         patiently(store, f"cannot write {self.url}/{name}")
 

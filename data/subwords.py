@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from .tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-_SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 
 
 class SubwordTokenizer(Tokenizer):
@@ -19,7 +19,7 @@ class SubwordTokenizer(Tokenizer):
     Text that happens to spell a special token is encoded as ordinary text; nothing is added, cut off or padded.
 
     Args: content: the JSON text. separator: id or text of the token that ends a document; by default the first that the
-        vocabulary has of <|endoftext|>, <|end_of_text|>, </s>, <eos>, <|eos|>, [SEP].
+        vocabulary has of <|endoftext|>, <|end_of_text|>, </s>, <eos>, <|eos|>, [SEP]; -1 where none does.
     Raises ValueError: not a tokenizer, or no such separator in it.
     """
 
@@ -33,16 +33,23 @@ class SubwordTokenizer(Tokenizer):
         self._engine.encode_special_tokens = True
         self.content = content
         self.name = f"tokenizer.json:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-        vocabulary = self._engine.get_vocab(with_added_tokens=True)
+        vocabulary = self.vocabulary()
         self.vocab_size = max(vocabulary.values()) + 1
         self.separator = _find_separator(vocabulary, separator)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Of every token's text, its id."""
+        return self._engine.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         strings = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts]
-        encodings = self._engine.encode_batch_fast(strings, add_special_tokens=False)
+        try:
+            encodings = self._engine.encode_batch_fast(strings, add_special_tokens=False)
+        except Exception as error:  # of a vocabulary that has no token for what it does not know
+            raise ValueError(f"the tokenizer cannot encode it: {' '.join(str(error).split())}") from error
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -77,10 +84,10 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> SubwordTokenizer:
 
 def _find_separator(vocabulary: dict[str, int], wanted: int | str | None) -> int:
     if isinstance(wanted, int):
-        if wanted not in vocabulary.values():
+        if wanted != -1 and wanted not in vocabulary.values():
             raise ValueError(f"separator {wanted} is not an id of the tokenizer")
         return wanted
-    for text in (wanted,) if wanted is not None else _SEPARATORS:
+    for text in (wanted,) if wanted is not None else SEPARATORS:
         if text in vocabulary:
             return vocabulary[text]
     missing = repr(wanted) if wanted is not None else "of the usual names"

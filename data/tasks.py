@@ -10,7 +10,6 @@ Ids of the vocabularies: "induction-heads" and "associative-recall" reserve the 
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +20,7 @@ from .corpus import SPLITS, Corpus
 from .draws import Draws
 from .errors import CorpusError
 from .loader import IGNORED
-from .tokenizers import Tokenizer
+from .tokenizers import IdTokenizer
 
 # Examples of a split whose number is not limited: as many as one could read.
 ENDLESS = 1 << 40
@@ -43,7 +42,11 @@ class TaskOptions(BaseModel):
 
 
 class RecallOptions(TaskOptions):
-    """`score`: the training targets that count: the answer, or every next token (as H3's code trains)."""
+    """Tasks that ask for something seen before.
+
+    Attributes:
+        score: the training targets that count: the answer, or every next token (as H3's code trains).
+    """
 
     score: Literal["answer", "all"] = "answer"
 
@@ -54,7 +57,11 @@ class AssociativeRecallOptions(RecallOptions):
 
 
 class SelectiveCopyingOptions(TaskOptions):
-    """`tokens`: how many are to be copied."""
+    """Copying tokens, and not the noise between them.
+
+    Attributes:
+        tokens: how many are to be copied.
+    """
 
     tokens: int = Field(default=16, ge=1)
 
@@ -95,26 +102,6 @@ class Example:
 
     tokens: np.ndarray
     targets: np.ndarray
-
-
-class IdTokenizer(Tokenizer):
-    """Token ids as people write them: decimal numbers with spaces between. No id ends a document."""
-
-    separator = -1
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.name = f"ids-{vocab_size}"
-
-    def encode(self, text: str | bytes) -> np.ndarray:
-        words = (text if isinstance(text, str) else text.decode()).split()
-        strange = next((word for word in words if not word.isdecimal() or int(word) >= self.vocab_size), None)
-        if strange is not None:
-            raise ValueError(f"{strange!r} is no token of this task: write numbers from 0 to {self.vocab_size - 1}")
-        return np.array([int(word) for word in words], dtype=self.dtype)
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        return "".join(f"{int(token)} " for token in tokens)
 
 
 class Task(Corpus, ABC):

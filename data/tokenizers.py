@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from .mu_law import LEVELS
+
 
 class Tokenizer(ABC):
     """Attributes: `name`; `vocab_size` (ids are below it); `separator`, the id that ends every document."""
@@ -63,10 +65,14 @@ class DnaTokenizer(Tokenizer):
 
     def __init__(self) -> None:
         table = bytearray([self._UNKNOWN]) * 256
-        for token, letters in enumerate(("A", "C", "G", "TU", self._AMBIGUOUS), start=1):
-            for letter in letters + letters.lower():
-                table[ord(letter)] = token
+        for base, letters in self.spellings().items():
+            for letter in letters:
+                table[ord(letter)] = self.letters.index(base)
         self._table = bytes(table)
+
+    def spellings(self) -> dict[str, str]:
+        """By the letter that a base is decoded to, all letters that it is written with."""
+        return {letters[0]: letters + letters.lower() for letters in ("A", "C", "G", "TU", self._AMBIGUOUS)}
 
     def encode(self, text: str | bytes) -> np.ndarray:
         data = text if isinstance(text, bytes) else text.encode()
@@ -80,4 +86,47 @@ class DnaTokenizer(Tokenizer):
         return "".join(self.letters[int(token)] if token < self.vocab_size else "?" for token in tokens)
 
 
+class IdTokenizer(Tokenizer):
+    """Token ids as people write them: decimal numbers with spaces between. No id ends a document."""
+
+    separator = -1
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.name = f"ids-{vocab_size}"
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        words = (text if isinstance(text, str) else text.decode()).split()
+        strange = next((word for word in words if not word.isdecimal() or int(word) >= self.vocab_size), None)
+        if strange is not None:
+            raise ValueError(f"{strange!r} is no token of this task: write numbers from 0 to {self.vocab_size - 1}")
+        return np.array([int(word) for word in words], dtype=self.dtype)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return "".join(f"{int(token)} " for token in tokens)
+
+
+class MuLawTokenizer(IdTokenizer):
+    """One token a sample of sound: its level (see `mu_law`), written as a number. 256 ends a recording.
+
+    Args: sample_rate: of the sound, Hz; it is part of the name.
+    """
+
+    separator = LEVELS
+
+    def __init__(self, sample_rate: int) -> None:
+        super().__init__(LEVELS + 1)
+        self.name = f"{MU_LAW}-{sample_rate}"
+        self.sample_rate = sample_rate
+
+
 BUILT_IN: dict[str, type[ByteTokenizer] | type[DnaTokenizer]] = {"bytes": ByteTokenizer, "dna": DnaTokenizer}
+MU_LAW = "mu-law"
+
+
+def built_in(name: str) -> Tokenizer | None:
+    """The tokenizer of this package that has this name, as indexes of corpora have it; None: none has."""
+    kind, _, rate = name.rpartition("-")
+    if kind == MU_LAW and rate.isdecimal():
+        return MuLawTokenizer(int(rate))
+    return BUILT_IN[name]() if name in BUILT_IN else None

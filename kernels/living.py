@@ -73,8 +73,8 @@ def reach_of_heads(log_decay_BTH: Tensor, dtype: torch.dtype, starts_BT: Tensor 
 
     The slowest sequence of the batch decides; no token at or after its first document start counts.
     """
-    _, length, heads = log_decay_BTH.shape
-    if not length:
+    batch, length, heads = log_decay_BTH.shape
+    if not (batch and length):
         return torch.zeros(heads, dtype=torch.long, device=log_decay_BTH.device)
     alive_BTH = log_decay_BTH.detach().double().cumsum(1) > -negligible_exponent(dtype)
     tokens_T = torch.arange(1, length + 1, device=log_decay_BTH.device)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import first_order
+from .autograd import first_order, own_precision
 
 # (state, slices of the sequences, parameters, slice of document_starts or None where it is all False) -> (y, state)
 SegmentFunction = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor | None], tuple[Tensor, Tensor]]
@@ -23,29 +23,10 @@ SegmentFunction = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor |
 CACHE_ELEMENTS = 1 << 18  # of a segment's largest buffer on a CPU
 
 
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """States and decays are float32, or float64 as soon as one argument is (complex128 counts as such)."""
-    wide = (torch.float64, torch.complex128)
-    return torch.float64 if any(x is not None and x.dtype in wide for x in tensors) else torch.float32
-
-
-def expect_shape(operation: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless the tensor is absent or has this shape."""
-    if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{operation}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-
-
 def segment_tokens(chunk: int, elements_per_token: int, device: torch.device, *, least_chunks: int = 4) -> int:
     """Tokens of a segment, in whole chunks: few enough for a CPU's cache, many on devices where launches are dear."""
     elements = CACHE_ELEMENTS if device.type == "cpu" else CACHE_ELEMENTS << 6
     return chunk * max(least_chunks, elements // max(1, elements_per_token * chunk))
-
-
-def dense_gradient(x: Tensor) -> Tensor:
-    """`x`, whose gradient will arrive contiguous. Batched products copy other layouts matrix by matrix."""
-    if x.requires_grad:
-        x.register_hook(Tensor.contiguous)
-    return x
 
 
 @dataclass(frozen=True)
@@ -100,6 +81,7 @@ def walk(
 
 class _WalkFunction(torch.autograd.Function):
     @staticmethod
+    @own_precision
     def forward(
         ctx: Any, plan: _Walk, state: Tensor, starts_BT: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from .dropout import DropoutKey
 from .language_model import LanguageModel, Losses, Part
 from .parameters import initialise, kept_in_float32, weight_decayed
 from .plan import PlanError
-from .presets import list_presets, load_preset
+from .presets import list_presets, load_preset, preset_text
 
 __all__ = [
     "ConfigError",
@@ -25,5 +25,6 @@ __all__ = [
     "list_presets",
     "load_preset",
     "one_line",
+    "preset_text",
     "weight_decayed",
 ]

@@ -25,7 +25,12 @@ from .token_shift import token_shift
 
 
 class ChannelMixOptions(FeedForwardOptions):
-    """`hidden`: F, by default 4 x width; `receptance`: the gate of RWKV-4."""
+    """RWKV's channel mix.
+
+    Attributes:
+        hidden: hidden width; by default 4 x width.
+        receptance: whether there is the gate of RWKV-4; RWKV-7 has none.
+    """
 
     hidden: int | None = Field(default=None, ge=1)
     receptance: bool = True
@@ -68,9 +73,6 @@ class ChannelMix(FeedForward):
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         before_B1D = window_before(x_BTD, state["shift"].unsqueeze(1), shard)
         return self.mix(x_BTD, torch.cat([before_B1D, x_BTD[:, :-1]], dim=1)), {"shift": x_BTD[:, -1]}
-
-    def state_bytes(self) -> int:
-        return self.mix_key.nbytes
 
     def flops_per_token(self) -> float:
         receptance = None if self.receptance is None else self.receptance.weight

@@ -31,9 +31,12 @@ class ModelConfig(MixerGroups, FeedForwardGroups):
     Attributes:
         vocab_size: number of token ids.
         width: features of a token in the residual stream.
-        layers: the layer plan, see `plan`.
+        layers: the layer plan, such as "[mamba x 3, attention(heads=4)+moe] x 2": of each layer its mixer, and after +
+            what follows it; see `plan`.
         feed_forward: what a layer of the plan has after its mixer where it does not say.
-        norm: before each half of a block and after the last block; "rms_outer" is Evo 2's, see `parameters`.
+        norm: before each half of a block and after the last block; "rms_outer" adds `norm_eps`
+            outside the root (Evo 2).
+        norm_eps: added to what a norm divides by, under the root.
         embedding_norm: a norm after the embedding as well (RWKV).
         embedding_dropout: in training this share of what enters the first block is dropped, chosen by `dropout`: the
             same numbers on every mesh.
@@ -45,7 +48,8 @@ class ModelConfig(MixerGroups, FeedForwardGroups):
         head_gain: the output layer begins orthogonal with this gain (RWKV: 0.5) and not normal.
         recompute: recompute each block's activations in the backward pass instead of keeping them: the same
             numbers, less memory, a third more time.
-        attention, hyena, mamba, ..., mlp, moe: options of the layers, one group a kind.
+
+    Beside these, options of the layers, one group a kind: `attention`, `hyena`, `mamba`, ..., `mlp`, `moe`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -136,8 +140,9 @@ def one_line(error: ValidationError, root: type[BaseModel], prefix: str = "") ->
     if fault["type"] == "extra_forbidden":
         names = _keys_beside(root, place)
         near = get_close_matches(place[-1], names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here are {', '.join(sorted(names))}"
-        return f"unknown key {key!r}; {hint}{more}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known here are {', '.join(sorted(names))}:"
+        section = ".".join(["model", *key.split(".")[:-1]])
+        return f"unknown key {key!r}; {hint} `longstride settings {section}` explains them{more}"
     if fault["type"] == "missing":
         return f"{key} is required{more}"
     context = fault.get("ctx", {})

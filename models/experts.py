@@ -38,9 +38,19 @@ from .step_sums import StepSum
 
 
 class ExpertsOptions(FeedForwardOptions):
-    """`experts`: E; `top_k`: J; `hidden`: F of each expert, by default 8/3 x width; `shared`: experts for every token.
+    """A mixture of experts.
 
-    `balance`: see the module; `balance_loss`: the weight of "loss"; `bias_speed`: a step of "bias", in probability.
+    Attributes:
+        experts: how many there are.
+        top_k: how many of them a token goes to.
+        hidden: hidden width of each expert; by default 8/3 x width, rounded up to a multiple of 8.
+        shared: further experts, for every token.
+        renormalise: whether the chosen experts' probabilities are divided by their sum (Mixtral) or taken as they are
+            (Jamba).
+        balance: what keeps the load even: a loss, a bias on the choice, or nothing.
+        balance_loss: the weight of the loss of `balance: loss`.
+        bias_speed: how far `balance: bias` moves after a step, in probability.
+        z_loss: the weight of the mean squared log-partition of the router; 0: none.
     """
 
     experts: int = Field(default=8, ge=2)
@@ -140,6 +150,7 @@ class MixtureOfExperts(FeedForward):
         statistics = torch.cat([chosen_E, probability_NE.sum(dim=0), squared_partition[None], tokens[None]])
         total = global_sum(statistics, shard)
         chosen_E, probability_E, (squared_partition, tokens) = total.split([num_experts, num_experts, 2])
+        tokens = tokens.clamp(min=1)
         balance = num_experts * (chosen_E / tokens * (probability_E / tokens)).sum()
         return balance_weight * balance + options.z_loss * squared_partition / tokens
 

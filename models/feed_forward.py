@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..parallel import SequenceShard
-from .mixers.base import LayerPlace, Options, State, step_through
+from .mixers.base import LayerPlace, Options, State, state_nbytes, step_through
 from .parameters import ParameterModule
 
 
@@ -61,4 +61,4 @@ class FeedForward(ParameterModule, ABC):
 
     def state_bytes(self) -> int:
         """Bytes of the decoding state of one sequence."""
-        return 0
+        return state_nbytes(self.init_state(1, torch.device("meta"), next(self.parameters()).dtype))

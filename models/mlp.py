@@ -23,7 +23,14 @@ from .parameters import Linear, normal
 
 
 class MLPOptions(FeedForwardOptions):
-    """`hidden`: F; by default 4 x width for gelu, and 8/3 x width, rounded up to a multiple of 8, for gated kinds."""
+    """A feed-forward layer without experts.
+
+    Attributes:
+        kind: what it computes: a gate with SiLU, with GELU, or without either; or GELU and no gate.
+        hidden: hidden width; by default 4 x width for gelu, and 8/3 x width, rounded up to a multiple of 8, for gated
+            kinds.
+        bias: whether the projections have biases.
+    """
 
     kind: Literal["swiglu", "geglu", "bilinear", "gelu"] = "swiglu"
     hidden: int | None = Field(default=None, ge=1)

@@ -25,12 +25,23 @@ Initialiser = Callable[[Sequence[int], torch.Generator], Tensor]
 """(full shape, generator) -> float32 values on the CPU."""
 
 
+class Initialisers(dict[str, Initialiser]):
+    """Those of a module's parameters, by name. They are functions, which pickle cannot write: a module that it reads
+    has its values, but cannot begin anew."""
+
+    def __reduce__(self) -> tuple[type[Initialisers], tuple[()]]:
+        return Initialisers, ()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Initialisers:
+        return Initialisers(self)
+
+
 class ParameterModule(nn.Module):
     """A module whose parameters are declared with their initialisers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.initialisers: dict[str, Initialiser] = {}
+        self.initialisers = Initialisers()
         self.undecayed: set[str] = set()
         self.halved: set[str] = set()
         self.rate_multiples: dict[str, float] = {}
@@ -97,7 +108,8 @@ def weight_decayed(model: nn.Module) -> set[str]:
     names = set()
     for prefix, module in model.named_modules():
         if isinstance(module, ParameterModule):
-            names |= {_join(prefix, name) for name in module.initialisers if name not in module.undecayed}
+            own = module.named_parameters(recurse=False)
+            names |= {_join(prefix, name) for name, _ in own if name not in module.undecayed}
     return names
 
 
@@ -150,6 +162,16 @@ def normal(std: float) -> Initialiser:
 def uniform(bound: float) -> Initialiser:
     """Uniform in (-bound, bound)."""
     return lambda shape, generator: (torch.rand(tuple(shape), generator=generator) * 2 - 1) * bound
+
+
+def log_uniform(smallest: float, largest: float) -> Initialiser:
+    """Logarithms of step sizes, uniform between those of `smallest` and `largest`."""
+    if smallest > largest:
+        raise ValueError(
+            f"dt_min {smallest:g} exceeds dt_max {largest:g}; give step sizes from the smaller to the larger"
+        )
+    low, high = math.log(smallest), math.log(largest)
+    return lambda shape, generator: torch.rand(tuple(shape), generator=generator) * (high - low) + low
 
 
 def orthogonal(gain: float = 1.0) -> Initialiser:

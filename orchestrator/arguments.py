@@ -6,10 +6,8 @@ Nothing here imports more than the standard library: `--help` does not wait for 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from .parser import Parser
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--prompt", required=True, action="append", metavar="TEXT", help="what to continue; repeat it for several"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="what to continue (default: the run's `sample`), of a run on audio a recording; repeat it for several",
     )
+    parser.add_argument("--out", metavar="FILE", help="of a run on audio: the WAV file to write, a path or URL")
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="how many tokens to add (default, as below: the run's `sample`)"
     )
@@ -100,9 +102,12 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the run to make: a path or URL, such as runs/mamba-130m")
 
 
+LAYOUTS = "mamba, mamba2, state-spaces, rwkv, llama, mixtral, jamba, striped-hyena-7b, evo2"
+
+
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder of this machine to write")
-    parser.add_argument("--layout", required=True, metavar="NAME", help="whose files they are to be, such as mamba")
+    parser.add_argument("--layout", required=True, metavar="NAME", help=f"whose files they are to be: {LAYOUTS}")
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
@@ -127,15 +132,33 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_presets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", help="print this one's description (default: list all)")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prefix",
+        metavar="PREFIX",
+        nargs="?",
+        help="a section such as train or model.mamba, a setting, or a part of its name (default: all)",
+    )
+
+
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "sources", metavar="SOURCE", nargs="+", help="files, folders, globs or URLs of text, JSONL, Parquet or FASTA"
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="files, folders, globs or URLs of text, JSONL, Parquet, FASTA or audio",
     )
     parser.add_argument("out", metavar="OUT", help="folder to write: a path or URL (s3://bucket/corpus)")
-    parser.add_argument("--tokenizer", metavar="NAME", help="bytes (default), dna, bpe, or a tokenizer.json")
+    tokenizers = "bytes, dna (default where all sources are FASTA), mu-law (audio), bpe, or a tokenizer.json"
+    parser.add_argument("--tokenizer", metavar="NAME", help=tokenizers)
     parser.add_argument("--vocab-size", type=int, metavar="N", help="of the bpe tokenizer that is trained")
     parser.add_argument("--separator", metavar="TOKEN", help="of a tokenizer.json: the token that ends a document")
-    formats = ("auto", "text", "jsonl", "parquet", "fasta")
+    parser.add_argument("--sample-rate", type=int, metavar="HZ", help="of audio, resampled to it (default: 16000)")
+    formats = ("auto", "text", "jsonl", "parquet", "fasta", "audio")
     parser.add_argument(
         "--format", choices=formats, metavar="KIND", help=f"{', '.join(formats[1:])} (default: by ending)"
     )
@@ -145,7 +168,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "--holdout",
         choices=("auto", "documents", "tail"),
         metavar="HOW",
-        help="whole documents, or the tail of each (default: tail for FASTA and few texts)",
+        help="whole documents, or the tail of each (default: tail for FASTA, and few texts or recordings)",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: 2)")
     parser.add_argument("--overwrite", action="store_true", help="replace what another preparation left in OUT")
@@ -192,14 +215,14 @@ COMMANDS = (
     Command(
         "evaluate",
         "measure loss and accuracy on held-out sequences, of several lengths if asked",
-        "longstride evaluate runs/quickstart-20261122-101500 'evaluate.lengths=[1024, 32768]'",
+        "longstride evaluate runs/quickstart-20261122-101500 'evaluate.lengths=[1024, 8192]'",
         (_add_run, _add_overrides, _add_checkpoint),
     ),
     Command(
         "import",
         "make a run of a checkpoint in safetensors, of Hugging Face's or the original software",
         "longstride import checkpoints/mamba-130m runs/mamba-130m",
-        (_add_import, _add_overrides),
+        (_add_import, _add_overrides, _add_checkpoint),
     ),
     Command(
         "export",
@@ -229,8 +252,20 @@ COMMANDS = (
     Command(
         "plan",
         "say what a run will take: meshes, memory, arithmetic, messages",
-        "longstride plan configs/quickstart.yaml --workers 4 --memory 80GiB data.context=65536",
+        "longstride plan configs/quickstart.yaml --workers 4 --memory 80GiB data.batch=4 data.context=4096",
         (_add_config, _add_overrides, _add_plan),
+    ),
+    Command(
+        "presets",
+        "list the models that `model: NAME` may name, or print one's description",
+        "longstride presets mamba-130m",
+        (_add_presets,),
+    ),
+    Command(
+        "settings",
+        "list what a config and key=value may set: name, type, default, meaning",
+        "longstride settings model.mamba",
+        (_add_settings,),
     ),
     Command(
         "prepare",
@@ -263,40 +298,3 @@ COMMANDS = (
         (_add_job, _add_dashboard, _add_stop),
     ),
 )
-
-
-def build_parser() -> Parser:
-    """The whole command line."""
-    parser = Parser(
-        prog="longstride",
-        description="Trains long-context hybrid sequence models with every sequence split along its length.",
-        epilog="Try it: longstride train configs/quickstart.yaml\nMore on a command: longstride COMMAND --help",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and leave")
-    subparsers = parser.add_subparsers(dest="command", metavar="command")
-    for command in COMMANDS:
-        subparser = subparsers.add_parser(
-            command.name,
-            help=command.summary,
-            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            epilog=f"Example:\n  {command.example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        for add in command.adders:
-            add(subparser)
-    return parser
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parsed arguments. Overrides may stand before or after options, which argparse alone does not allow."""
-    parser = build_parser()
-    namespace, rest = parser.parse_known_args(arguments)
-    if namespace.command is None:
-        return namespace
-    unknown = [word for word in rest if word.startswith("-") or not hasattr(namespace, "overrides")]
-    if unknown:
-        parser.error(f"{namespace.command} does not understand {' '.join(unknown)}")
-    if hasattr(namespace, "overrides"):
-        namespace.overrides = [*namespace.overrides, *rest]
-    return namespace

@@ -123,6 +123,8 @@ class Crew:
                 alive_at = now - silence
         _pass_on(self.workers[0].reports.remote(heard, 0.0), reporter)
         assert summary is not None, "rank 0 returns the summary"
+        if not (leaving or summary.finished or stop.event.is_set()):
+            reporter.noted(f"a worker was told to end (SIGTERM): going on from step {summary.step} with another")
         return summary
 
     def _reason_to_leave(self, stop: StopRequest, watch: Callable[[], Reason], due: bool) -> Reason:

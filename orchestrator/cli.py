@@ -7,18 +7,20 @@ LONGSTRIDE_TRACEBACK=1 shows where it was found.
 
 from __future__ import annotations
 
+import contextlib
 import keyword
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
-from .arguments import build_parser, parse
 from .ending import Ending
 from .failures import EchoOfMistake, RunFailed, Terminated, is_mistake, is_outage, one_line
-from .parser import MISTAKE
+from .parser import MISTAKE, build_parser, parse
 
 FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
+ECHO_SECONDS = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +55,8 @@ def _run(arguments: Sequence[str]) -> int:
         # The reader (head, less) has seen enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except EchoOfMistake:
-        return MISTAKE
+    except EchoOfMistake as echo:
+        return _echo(echo)
     except RunFailed as failure:
         return _report(failure, FAILED, failure.details)
     except KeyboardInterrupt as interrupt:
@@ -67,6 +69,18 @@ def _run(arguments: Sequence[str]) -> int:
         if not is_mistake(error):
             raise
         return _report(error, MISTAKE)
+
+
+def _echo(echo: EchoOfMistake) -> int:
+    """Leaves the first process the time to speak: launchers end all processes with the first that fails.
+
+    One that is still there afterwards has found what the first has not, such as a file missing on its node.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(ECHO_SECONDS)
+        if str(echo):
+            print(f"longstride: process {os.environ.get('RANK')}: {echo}", file=sys.stderr)
+    return MISTAKE
 
 
 def _report(error: BaseException, code: int, details: str = "", default: str = "") -> int:

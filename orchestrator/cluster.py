@@ -31,7 +31,7 @@ from ray.exceptions import AuthenticationError
 from ..data.credentials import refuse_credentials
 from .failures import one_line
 from .placement import BUNDLE, Device
-from .stopping import postponed, undisturbed
+from .stopping import postponed, sheltered, undisturbed
 
 # Ray rewrites 127.0.0.1 to the host's own address and then waits for itself; its neighbours stay as they are.
 LOOPBACK = "127.0.0.2"
@@ -119,7 +119,7 @@ def _start(workers: int) -> Iterator[Cluster]:
     ours = {"RAY_AUTH_TOKEN": _token(), "RAY_AUTH_TOKEN_PATH": None, "RAY_AUTH_MODE": None, "RAY_ADDRESS": None}
     try:
         with _environment(ours):
-            with postponed():
+            with postponed(), sheltered():
                 ray.init(
                     address="local",
                     num_cpus=workers,  # Ray starts as many processes at once, whether they are wanted or not

@@ -17,6 +17,7 @@ from .generation import generate
 from .interchange import export, import_
 from .job_commands import logs, prepare, status, stop, submit
 from .launch import go_on, start
+from .listings import presets, settings
 from .plan import plan
 from .preparation import is_recent
 from .tables import amount_of_bytes, columns
@@ -32,8 +33,10 @@ __all__ = [
     "logs",
     "plan",
     "prepare",
+    "presets",
     "resume",
     "runs",
+    "settings",
     "status",
     "stop",
     "submit",

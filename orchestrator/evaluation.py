@@ -11,7 +11,7 @@ from ..workers.evaluate import Evaluation
 from ..workers.evaluate import evaluate as measure
 from ..workers.scoring import LengthScore
 from . import launcher
-from .failures import EchoOfMistake, is_mistake
+from .failures import EchoOfMistake, is_mistake, one_line
 from .tables import columns
 
 # However the run was trained: its sequences are split over the processes that there are now, which may be one.
@@ -30,7 +30,7 @@ def evaluate(arguments: Namespace) -> int:
         result = measure(experiment, run, launcher.rank(), checkpoint=arguments.checkpoint, progress=progress)
     except Exception as error:
         if not first and is_mistake(error):
-            raise EchoOfMistake from None
+            raise EchoOfMistake(one_line(error)) from None
         raise
     if first:
         _report(result, experiment)

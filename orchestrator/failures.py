@@ -7,6 +7,8 @@ a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,6 +18,10 @@ _ECHO_TYPES = ("CommunicationError", "DistNetworkError", "DistStoreError", "Dist
 # Exceptions of a bug: the same code fails on the same data again.
 _BUGS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
 _TAKEN = "RunTaken"
+_OUT_OF_MEMORY_TYPES = ("OutOfMemoryError", "MemoryError")
+_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory")
+# A disk, a quota, or the table of open files.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 # Errors of `workers` and `data` whose message is for the user as it stands.
 _SAY_IT_ALL = ("TrainingError", "CheckpointError", "StoreUnavailable", "StorageUnavailable")
 
@@ -41,7 +47,7 @@ class Terminated(BaseException):
 
 
 class EchoOfMistake(Exception):
-    """The first of several processes has reported a mistake already; this one ends in silence."""
+    """A mistake that is the first of several processes' to report. The message is this process's own view, if any."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,11 @@ def failure(kind: str, message: str, traceback: str, where: str = "") -> RunFail
     if kind in _SAY_IT_ALL:
         return RunFailed(message)
     place = f"{where} failed: " if where else ""
+    if kind in _OUT_OF_MEMORY_TYPES or any(words in message for words in _OUT_OF_MEMORY):
+        hint = (
+            "take more workers, or a smaller data.batch, data.context or model; `longstride plan` says what each takes"
+        )
+        return RunFailed(f"{place}out of memory: {hint} ({message})", traceback)
     return RunFailed(f"{place}{kind}: {message}", traceback)
 
 
@@ -116,20 +127,35 @@ def is_mistake(error: BaseException) -> bool:
     """Whether the error is one that the user can put right."""
     if is_outage(error):
         return False
-    return isinstance(error, ValueError) or (isinstance(error, OSError) and error.filename is not None)
+    return (
+        _is_taken_port(error)
+        or isinstance(error, ValueError)
+        or (isinstance(error, OSError) and error.filename is not None)
+    )
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether a store could not be reached, however long it was waited for: another attempt, later, may go well."""
+    """Whether a store could not be reached, however long it was waited for, or takes no more: another attempt, later,
+    may go well.
+    """
     if not isinstance(error, OSError):
         return False
+    if error.errno in _FULL:
+        return True
     from ..data.errors import StoreUnavailable  # slow to import, and --help needs none of it
 
     return isinstance(error, StoreUnavailable)
+
+
+def _is_taken_port(error: BaseException) -> bool:
+    """Whether a launcher's processes cannot meet at the port that they were given."""
+    return type(error).__name__ == "DistNetworkError" and "EADDRINUSE" in str(error)
 
 
 def one_line(error: BaseException) -> str:
     """The error's message without line breaks; a file's name first for the operating system's errors."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    if _is_taken_port(error):
+        return f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use on this machine: give the launcher another port"
     return " ".join(str(error).split()) or type(error).__name__

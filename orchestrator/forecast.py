@@ -2,6 +2,8 @@
 
 Counts are those of the code (see `rehearsal`) and of the parameters' shapes. Not in them: what the allocator and the
 libraries take for themselves, buffers of messages, the sums of `train.canonical`, and on the CPU the interpreter.
+Frozen parameters have neither gradients nor moments; activations, arithmetic and layers' own messages are counted as if
+all were trained.
 
 Shapes: V vocabulary, D model width.
 """
@@ -22,6 +24,7 @@ from ..models.block import Block
 from ..parallel import Degrees, Link
 from ..workers import Experiment
 from ..workers.metrics import PASSES
+from ..workers.trained_parameters import freeze
 from .rehearsal import PER_PASS, SUMS, Rehearsal
 
 # Of the matrix of logits, `linear_cross_entropy` holds so many rows.
@@ -59,6 +62,7 @@ def forecast(experiment: Experiment, device: str) -> Iterator[Forecast]:
     link = Link.for_backend("nccl" if device == "cuda" else "gloo")
     rehearsal = Rehearsal(experiment.model, train.parameter_dtype, train.compute_dtype, link)
     model = build_model(experiment.model, dtype=train.parameter_dtype, device="meta")
+    freeze(model, train)
     passes = PASSES + 1 if experiment.model.recompute else PASSES
     for stage in experiment.stages:
         now = experiment.at(stage)
@@ -89,7 +93,8 @@ def _loss(model: LanguageModel, tokens: int, dtype: torch.dtype) -> int:
     vocabulary, width = model.output_weight.shape
     wide = max(dtype.itemsize, torch.float32.itemsize)
     rows = min(LOGIT_ROWS, tokens)
-    return 3 * tokens * width * dtype.itemsize + rows * vocabulary * (wide + dtype.itemsize) + vocabulary * width * wide
+    gradient = vocabulary * width * wide if model.output_weight.requires_grad else 0
+    return 3 * tokens * width * dtype.itemsize + rows * vocabulary * (wide + dtype.itemsize) + gradient
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,13 @@ class _Unit:
     """Parameters that are gathered together, in one dtype, for a layer to compute with.
 
     Attributes:
+        trained: how many of their shapes, the first ones, are of parameters that are not frozen.
         share: processes over which they are sharded, in dimension `dim`; experts are spread over `spread` before.
         again: they are gathered once more in the backward pass.
     """
 
     shapes: list[torch.Size]
+    trained: int
     itemsize: int
     share: int
     dim: int = 0
@@ -111,7 +118,15 @@ class _Unit:
     @property
     def local(self) -> int:
         """Numbers that every process holds; a dimension that does not divide is filled up."""
-        counts = (-(-shape[self.dim] // self.share) * (prod(shape) // shape[self.dim]) for shape in self.shapes)
+        return self._held(self.shapes)
+
+    @property
+    def local_trained(self) -> int:
+        """Those of them that have gradients."""
+        return self._held(self.shapes[: self.trained])
+
+    def _held(self, shapes: list[torch.Size]) -> int:
+        counts = (-(-shape[self.dim] // self.share) * (prod(shape) // shape[self.dim]) for shape in shapes)
         return sum(counts) // self.spread
 
     @property
@@ -125,19 +140,20 @@ def _parameters(model: LanguageModel, experiment: Experiment, degrees: Degrees) 
     stored = experiment.train.parameter_dtype.itemsize
     if experiment.train.canonical:
         whole = model.num_parameters() * stored
-        return {"parameters": whole, "gradients": whole, "optimiser": 2 * whole}, Counter()
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * stored
+        return {"parameters": whole, "gradients": trained, "optimiser": 2 * trained}, Counter()
     units = [*_units(model, experiment.train.compute_dtype, degrees, stored)]
-    local = sum(unit.local for unit in units) * stored
+    local, trained = sum(unit.local for unit in units) * stored, sum(unit.local_trained for unit in units) * stored
     layers = [unit.gathered for unit in units if unit.again]
     # A layer computes while the next one is gathered, and its gradients are summed in the stored dtype.
     computing = 3 * max(layers) + sum(unit.gathered for unit in units if not unit.again)
     sent: Counter[str] = Counter()
     for unit in units:
-        others = unit.local * (unit.share - 1)
-        sent["fsdp.all_gather"] += others * unit.itemsize * (2 if unit.again else 1)
-        sent["fsdp.reduce_scatter"] += others * stored
-        sent["fsdp.all_reduce"] += unit.local * stored if degrees.replicate > 1 else 0
-    memory = {"parameters": local, "gradients": local, "optimiser": 2 * local}
+        others = unit.share - 1
+        sent["fsdp.all_gather"] += unit.local * others * unit.itemsize * (2 if unit.again else 1)
+        sent["fsdp.reduce_scatter"] += unit.local_trained * others * stored
+        sent["fsdp.all_reduce"] += unit.local_trained * stored if degrees.replicate > 1 else 0
+    memory = {"parameters": local, "gradients": trained, "optimiser": 2 * trained}
     return memory | {"gathered layers": computing if units[0].share > 1 else 0}, sent
 
 
@@ -151,16 +167,27 @@ def _units(model: LanguageModel, compute: torch.dtype | None, degrees: Degrees, 
         own = [parameter for parameter in module.parameters() if parameter not in seen]
         seen.update(own)
         for kept in (False, True):
-            shapes = [parameter.shape for parameter in own if (parameter in wide) == kept]
+            alike = [parameter for parameter in own if (parameter in wide) == kept]
+            trained = [parameter.shape for parameter in alike if parameter.requires_grad]
+            frozen = [parameter.shape for parameter in alike if not parameter.requires_grad]
             itemsize = stored if kept or compute is None else compute.itemsize
-            if shapes:
-                yield _Unit(shapes, itemsize, share, dim, spread, again)
+            if alike:
+                yield _Unit(trained + frozen, len(trained), itemsize, share, dim, spread, again)
 
-    experts = set(model.expert_modules())
-    for block in model.blocks:
+    experts, reached = set(model.expert_modules()), _first_reached(model)
+    for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         for module in block.modules() if degrees.expert > 1 else ():
             if module in experts:
-                yield from units(module, everywhere // degrees.expert, 1, degrees.expert)
-        yield from units(block, everywhere)
+                yield from units(module, everywhere // degrees.expert, 1, degrees.expert, again=index >= reached)
+        # The backward pass asks for the block before the one that it is in, whether it will get there or not.
+        yield from units(block, everywhere, again=index >= reached - 1)
     yield from units(model, everywhere, again=False)
+
+
+def _first_reached(model: LanguageModel) -> int:
+    """The number of the first block that the backward pass enters: all before it is frozen."""
+    begin = [model.embedding, *([] if model.embedding_norm is None else [model.embedding_norm])]
+    trained = (any(parameter.requires_grad for parameter in part.parameters()) for part in (*begin, *model.blocks))
+    first = next((number for number, asks in enumerate(trained) if asks), len(begin) + len(model.blocks))
+    return max(0, first - len(begin))

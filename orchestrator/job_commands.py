@@ -67,13 +67,15 @@ def stop(arguments: Namespace) -> int:
 
 
 def prepare(arguments: Namespace) -> int:
-    names = ("tokenizer", "vocab_size", "separator", "format", "field", "validation", "holdout", "workers", "overwrite")
+    names = ("tokenizer", "vocab_size", "separator", "sample_rate", "format", "field")
+    names += ("validation", "holdout", "workers", "overwrite")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     made = prepare_corpus(arguments.sources, arguments.out, **given, progress=_Bar())
     tokens = ", ".join(f"{count(number)} tokens {split}" for split, number in made.num_tokens.items())
     documents = ", ".join(f"{number:,} {split}" for split, number in made.num_documents.items())
     print(f"prepared {made.url}: {tokens} in {made.num_shards} shards after {duration(made.seconds)}")
-    print(f"tokenizer {made.tokenizer}, vocabulary {made.vocab_size}; documents: {documents}")
+    why = " (all sources are FASTA)" if made.tokenizer == "dna" and arguments.tokenizer is None else ""
+    print(f"tokenizer {made.tokenizer}{why}, vocabulary {made.vocab_size}; documents: {documents}")
     print(f"train on it: data.corpus={made.url} model.vocab_size={made.vocab_size}")
     return 0
 

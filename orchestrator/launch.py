@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-from ..data import StoreUnavailable
 from ..workers import Reporter, Summary, train_process
 from ..workers.display import Display
 from ..workers.reporting import Silent
@@ -24,14 +23,16 @@ def start(config: str, overrides: list[str], address: str | None, *, same: bool 
     With `same`, a run of the config's name that is there already goes on. Raises ValueError for a mistake and RunFailed
     for a run that could not go on, with what to do next as a note.
     """
-    words = launcher.with_workers(overrides) if launcher.present() else overrides
-    return _launch(lambda: (same_run if same else new_run)(config, words), address)
+    return _launch(lambda: (same_run if same else new_run)(config, _words(overrides)), address)
 
 
 def go_on(run: str, overrides: list[str], address: str | None) -> int:
     """Continues a run, given by its path, URL or name, from its last whole checkpoint. Else like `start`."""
-    words = launcher.with_workers(overrides) if launcher.present() else overrides
-    return _launch(lambda: old_run(run, words), address)
+    return _launch(lambda: old_run(run, _words(overrides)), address)
+
+
+def _words(overrides: list[str]) -> list[str]:
+    return launcher.with_workers(overrides) if launcher.present() else overrides
 
 
 def _launch(prepare: Callable[[], Prepared | Done], address: str | None) -> int:
@@ -51,7 +52,7 @@ def _launch(prepare: Callable[[], Prepared | Done], address: str | None) -> int:
         finally:
             if display:
                 display.close()
-                with contextlib.suppress(StoreUnavailable):
+                with contextlib.suppress(OSError):  # a store that is lost, a full disk: how the run ended says more
                     prepared.run.give_back()
     finished = summary.finished if summary else not stop.event.is_set()
     return 0 if finished else stop.exit_code
@@ -92,4 +93,8 @@ def run_on_ray(prepared: Prepared, reporter: Reporter, stop: StopRequest, addres
         own_address = "127.0.0.1" if ray_cluster.local else ray_cluster.address
         supervisor = Supervisor(prepared, ray_cluster, reporter, stop, elastic=prepared.continued)
         with rendezvous.host(own_address) as meeting:
-            return supervisor.run(meeting)
+            try:
+                return supervisor.run(meeting)
+            except SystemError as error:
+                # What a signal's handler raises inside of Ray's C code may come out as this.
+                raise error.__cause__ or error from None

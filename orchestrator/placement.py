@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..parallel import Degrees
-from .planning import Node, arrange, placement_rows, workers_per_node
+from .arrangement import Node, arrange, placement_rows, workers_per_node
 from .tables import columns
 
 Device = Literal["cpu", "cuda"]

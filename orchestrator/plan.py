@@ -11,6 +11,7 @@ from ..models import build_model
 from ..workers import Experiment
 from ..workers.display import count, mesh_name
 from ..workers.launch import check_lengths
+from ..workers.trained_parameters import freeze
 from .forecast import Forecast, forecast
 from .tables import amount_of_bytes, columns, parse_amount
 
@@ -43,12 +44,15 @@ _COLUMNS = ("STEPS", "TOKENS A STEP", "MESH", "TOKENS A PROCESS", "FLOP A STEP",
 
 def _header(experiment: Experiment, stages: list[Forecast]) -> list[str]:
     model = build_model(experiment.model, device="meta")
+    freeze(model, experiment.train)
     total, active = model.num_parameters(), model.num_active_parameters()
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    part = f", {trained:,} trained" if trained < total else ""
     steps, tokens = experiment.train.steps, experiment.data.context * experiment.data.batch
     flops = " to ".join(dict.fromkeys(count(stage.flops / tokens) for stage in (stages[0], stages[-1])))
     processes = f"{experiment.workers} process{'es' if experiment.workers > 1 else ''}"
     return [
-        f"{total:,} parameters, {active:,} of them at work on a token; {experiment.train.dtype}, {processes}",
+        f"{total:,} parameters, {active:,} of them at work on a token{part}; {experiment.train.dtype}, {processes}",
         f"{steps:,} steps of {tokens:,} tokens: {count(steps * tokens)} tokens, {flops} FLOP each",
     ]
 

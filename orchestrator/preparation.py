@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..data import StoreUnavailable
 from ..workers import Experiment, Reporter, RunDirectory, create_run, find_run, reopen_run
 from ..workers.display import command
 from ..workers.launch import check
@@ -105,7 +104,7 @@ def guarded(prepared: Prepared) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(StoreUnavailable):  # the error itself says more than that
+        with contextlib.suppress(OSError):  # of a store that is lost, a full disk: the error itself says more
             if isinstance(error, RunFailed) and error.details:
                 prepared.run.storage.write_text(FAILURE_FILE, error.details.rstrip() + "\n")
                 error.add_note(f"details:  {prepared.run.url}/{FAILURE_FILE}")

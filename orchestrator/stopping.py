@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM in a run: the first asks for an end after the step at hand, with a checkpoint; the next ends it.
 
-SIGUSR1, with which Slurm can announce a job's end (`--signal=USR1@300`), asks for the same and never ends anything.
+SIGUSR1, with which Slurm can announce a job's end (`--signal=USR1@300`), and SIGHUP, which the closing of a terminal
+sends, ask for the same and never end anything. SIGHUP stays ignored where it was (nohup).
 
 Launchers pass a terminal's Ctrl-C on to processes that had it already, so an echo within a moment does not count.
 """
@@ -11,7 +12,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from .failures import Terminated
@@ -19,7 +20,7 @@ from .failures import Terminated
 ECHO_SECONDS = 1.0
 STOPPING = "stopping after this step; once more to stop at once"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_WARNING = signal.SIGUSR1
+_WARNINGS = (signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
@@ -44,9 +45,10 @@ class StopRequest:
         """Handles a signal: notes the first, raises KeyboardInterrupt or Terminated for the second."""
         if self.signal is None:
             self.note(number)
-            with contextlib.suppress(RuntimeError):  # of a stream that the interrupted code was writing to
+            # Of a stream that the interrupted code was writing to, or whose terminal is gone.
+            with contextlib.suppress(RuntimeError, OSError):
                 self.told(STOPPING)
-        elif number != _WARNING and time.monotonic() - self._since > ECHO_SECONDS:
+        elif number not in _WARNINGS and time.monotonic() - self._since > ECHO_SECONDS:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
     @property
@@ -55,52 +57,54 @@ class StopRequest:
         return 128 + (self.signal or 0)
 
 
-@contextlib.contextmanager
-def stoppable(request: StopRequest) -> Iterator[None]:
-    """Inside, SIGINT, SIGTERM and SIGUSR1 go to `request`."""
-    numbers = (*_SIGNALS, _WARNING)
-    before = [signal.signal(number, request.receive) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+def stoppable(request: StopRequest) -> contextlib.AbstractContextManager[None]:
+    """Inside, SIGINT, SIGTERM, SIGUSR1 and SIGHUP go to `request`."""
+    return _handled((*_SIGNALS, *_WARNINGS), request.receive)
 
 
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises Terminated at once, so that everything is put away as after Ctrl-C."""
+def terminable() -> contextlib.AbstractContextManager[None]:
+    """Inside, SIGTERM and SIGHUP raise Terminated at once, so that everything is put away as after Ctrl-C."""
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return _handled((signal.SIGTERM, signal.SIGHUP), terminate)
 
 
 @contextlib.contextmanager
 def postponed() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM wait; a first one is raised at the end. For what cannot be put away half made."""
+    """Inside, SIGINT, SIGTERM and SIGHUP wait; the first is raised at the end. For what is not to be left half made."""
     request = StopRequest()
-    before = [signal.signal(number, lambda number, _frame: request.note(number)) for number in _SIGNALS]
-    try:
+    with _handled((*_SIGNALS, signal.SIGHUP), lambda number, _frame: request.note(number)):
         yield
-    finally:
-        for number, handler in zip(_SIGNALS, before, strict=True):
-            signal.signal(number, handler)
     if request.signal is not None:
         raise KeyboardInterrupt if request.signal == signal.SIGINT else Terminated
 
 
+def undisturbed() -> contextlib.AbstractContextManager[None]:
+    """Inside, SIGINT, SIGTERM and SIGHUP are ignored: putting things away takes a moment, and should be whole."""
+    return _handled((*_SIGNALS, signal.SIGHUP), signal.SIG_IGN)
+
+
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM are ignored: putting things away takes a second or two and should be whole."""
-    before = [signal.signal(number, signal.SIG_IGN) for number in _SIGNALS]
+def sheltered() -> Iterator[None]:
+    """Processes started inside do not hear of a closed terminal: they end when they are told to, not before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
-        for number, handler in zip(_SIGNALS, before, strict=True):
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _handled(
+    numbers: Sequence[int], handler: Callable[[int, FrameType | None], None] | signal.Handlers
+) -> Iterator[None]:
+    """Inside, `handler` has these signals, but for a SIGHUP that is ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    before = {number: signal.signal(number, handler) for number in numbers if not (number == signal.SIGHUP and ignored)}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)

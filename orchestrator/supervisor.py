@@ -12,6 +12,7 @@ FAIL   -> PLAN, or the end: too many failures in a row without a new checkpoint,
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,12 +22,12 @@ from ..data import StoreUnavailable
 from ..workers import Experiment, Reporter, Summary
 from ..workers.manifest import list_checkpoints
 from ..workers.run_directory import timestamp
+from .arrangement import Node, arrange, fit
 from .attempt import formed
 from .cluster import Cluster, Resources, choose_device
 from .failures import RunFailed, RunLost, one_line
 from .forecast import forecast
 from .placement import RESOURCE, Device, Placement, Taken, draining, reserved, room, usable_nodes
-from .planning import Node, arrange, fit
 from .preparation import FAILURE_FILE, Prepared, take
 from .rendezvous import Rendezvous
 from .stopping import StopRequest
@@ -214,6 +215,10 @@ class Supervisor:
 
     def _fail(self, failure: RunFailed) -> None:
         """Counts a failure. Raises it when the run is not to go on."""
+        if not failure.retry:
+            with contextlib.suppress(OSError):  # where the store is the cause, it is not waited for once more
+                self._note(failure, self._committed_step())
+            raise failure
         try:
             step = self._patiently(self._committed_step)
         except RunFailed as away:
@@ -222,8 +227,11 @@ class Supervisor:
         most = self.prepared.experiment.recovery.max_failures
         self._failures = 1 if step > self._step else self._failures + 1
         self._step = max(step, self._step)
-        self._patiently(lambda: self._note(failure, step))
-        if not failure.retry or self._failures > most:
+        try:
+            self._patiently(lambda: self._note(failure, step))
+        except OSError as error:  # a full disk: there may be room again by the next attempt
+            self.reporter.noted(f"{one_line(error)}: run.json does not have this failure")
+        if self._failures > most:
             if self._failures > 1:
                 failure.add_note(f"gave up after {self._failures} failures in a row without a new checkpoint")
             raise failure
@@ -247,7 +255,10 @@ class Supervisor:
                 return work()
             except StoreUnavailable as error:
                 if time.monotonic() >= deadline:
-                    raise RunFailed(f"the run's store stayed away for {seconds:.0f} s: {one_line(error)}") from error
+                    raise RunFailed(
+                        f"the run's store stayed away for {seconds:.0f} s: {one_line(error)}; once it is back, "
+                        f"`longstride resume {self.prepared.run.url}` goes on"
+                    ) from error
                 if not told:
                     told = True
                     self.reporter.noted(f"{one_line(error)}: waiting up to {seconds:.0f} s")

@@ -7,11 +7,13 @@ what it has to report, and that it should stop.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
 import traceback
 from dataclasses import dataclass
+from types import FrameType
 
 import psutil
 import ray
@@ -53,6 +55,9 @@ class Worker:
     def __init__(self) -> None:
         self._outbox = Outbox()
         self._stop = threading.Event()
+        self._training = threading.Event()
+        # Ray's own would wait for the end of training before it ends the process, which answers nobody meanwhile.
+        self._before = signal.signal(signal.SIGTERM, self._terminated)
 
     def train(self, assignment: Assignment) -> Summary | Fault | None:
         """Trains to the end. Rank 0 returns the run's summary, others None; a Fault is what ended it early.
@@ -60,6 +65,7 @@ class Worker:
         Faults are returned, not raised: they arrive whole, whatever the exception held.
         """
         rank = assignment.rank
+        self._training.set()
         try:
             alone = assignment.neighbours == assignment.world_size
             if interface := _interface("127.0.0.1" if alone else ray.util.get_node_ip_address()):
@@ -82,6 +88,7 @@ class Worker:
         except Exception as error:
             return Fault.from_exception(rank, error, traceback.format_exc())
         finally:
+            self._training.clear()
             self._outbox.close()
 
     @ray.method(concurrency_group="control")
@@ -101,7 +108,8 @@ class Worker:
         frames = sys._current_frames().items()
         return "\n".join(f"{names.get(i, i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in frames)
 
-    @ray.method(concurrency_group="control")
+    # Asked for after every step: Ray would keep an entry of each, hundreds of megabytes in its head in the end.
+    @ray.method(concurrency_group="control", enable_task_events=False)
     def reports(self, after: int, wait: float) -> list[Report]:
         """See `Outbox.take`."""
         return self._outbox.take(after, wait)
@@ -110,6 +118,13 @@ class Worker:
     def stop(self) -> None:
         """Asks for an end after the step at hand, with a checkpoint; one worker's wish is everybody's."""
         self._stop.set()
+
+    def _terminated(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM: as `stop`; the next one, and one of a worker that does not train, as Ray has it."""
+        if self._training.is_set() and not self._stop.is_set():
+            self._stop.set()
+        elif callable(self._before):
+            self._before(number, frame)
 
 
 def _interface(address: str) -> str | None:

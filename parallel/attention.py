@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.attention import attention
 from .heads import Team, give_heads, take_heads
-from .layout import Layout, balanced, contiguous, relayout, replicated
+from .layout import balanced, contiguous, relayout, replicated
 from .ring import Ring, ring_attention
 from .shard import SequenceShard, even_bounds
 
@@ -89,7 +89,7 @@ def _on_grid(
     kv_BW2GK = kv.transpose(2, 3)
     if len(ring_ranks) == 1:
         whole = contiguous(blocks)
-        begin = _document_begin(shard, whole, 0)
+        begin = whole.document_begin(0, shard)
         out, _ = attention(q, kv_BW2GK[:, :, 0], kv_BW2GK[:, :, 1], document_begin=begin, scale=scale)
     else:
         out = _round(q, kv_BW2GK, shard, blocks, ring_ranks, scale, gathered)
@@ -129,7 +129,7 @@ def _round(
     """Attention over the blocks of the ring, in a layout of equal work."""
     outside, inside = contiguous(blocks), balanced(shard.length, len(ranks), shard.document_starts)
     place = ranks.index(shard.rank)
-    begin = _document_begin(shard, inside, place)
+    begin = inside.document_begin(place, shard)
     if gathered:
         q = relayout(q, shard, outside, inside, ranks)
         kv = relayout(kv, shard, outside, replicated(shard.length, len(ranks)), ranks)
@@ -165,14 +165,3 @@ def _over_all_keys(
         )
         offset = here.stop
     return torch.cat(outs, dim=1)
-
-
-def _document_begin(shard: SequenceShard, layout: Layout, place: int) -> Tensor | None:
-    """(B or 1, W) where the document of each token of a place begins; None without packed documents.
-
-    On the CPU, where `attention` reads it: from an accelerator it would have to be waited for.
-    """
-    if shard.document_starts is None:
-        return None
-    begin = shard.whole_document_begin()
-    return torch.cat([begin[:, a:b] for a, b in layout.spans[place]], dim=1)

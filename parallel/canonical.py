@@ -102,16 +102,20 @@ class CanonicalModel:
         return results[self.hub.tiles[0]]
 
     def collect_gradients(self) -> None:
-        """Set the model's gradients to the fold of the tiles', and forget those."""
-        parameters = list(self.model.parameters())
+        """Set the gradients of the model's trained parameters to the fold of the tiles', and forget those."""
+        parameters = _trained(self.model)
         flats = {}
         for tile, replica in self._replicas.items():
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in replica.parameters()]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in _trained(replica)]
             flats[tile] = torch.cat([grad.reshape(-1) for grad in grads])
             replica.zero_grad(set_to_none=True)
         total = self.hub.fold(flats)
         for parameter, grad in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = grad.clone().view_as(parameter)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _replica(model: nn.Module) -> nn.Module:

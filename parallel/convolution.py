@@ -217,7 +217,7 @@ def _by_length(u_BTD: Tensor, filter: Filter, shard: SequenceShard, skip: Tensor
     dtype = torch.promote_types(u_BTD.dtype, torch.float32)
     u_BTD_wide = u_BTD.to(dtype)
     rows = shard.document_starts
-    if rows is None:
+    if rows is None or not len(u_BTD):
         y_BTD = _window(u_BTD_wide, filter, Window(shard, 0, shard.length))
     else:
         y_BTD = torch.cat(

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import RowMap, gather_rows, permute, sum_rows
+from ..kernels.experts import RowMap, check_experts, gather_rows, permute, sum_rows
 from .collectives import Pending, exchange_in, exchange_rows
+from .flight import Flight, arrive, depart
 from .groups import group_rank, group_size
 from .shard import SequenceShard
 
@@ -67,17 +67,16 @@ def run_experts(
         return sum_rows(out_MD, rows, weight_NJ.flatten().to(out_MD.dtype))
 
     route = _Route.plan(expert_index_NJ, num_experts // size, size, shard)
-    weight_trip, trip, trip_back = route.trip(), route.trip(), route.trip(back=True)
-    weight_RJ = _depart(weight_NJ.index_select(0, route.leaving.token_M), weight_trip)
-    arriving_RD = _depart(gather_rows(x_ND, route.leaving), trip)
+    weights_arrive = route.begin_trip(weight_NJ.index_select(0, route.leaving.token_M))
+    rows_arrive = route.begin_trip(gather_rows(x_ND, route.leaving))
     # the order in which autograd's backward runs is the reverse of this one, message for message
     staying = _Choices.among(route.local_NJ, route.here)
     staying_MD = gather_rows(x_ND, staying.rows)
     arrived = _Choices.among(route.arrived_local.wait(), route.here)
-    out_MD = expert_fn(gather_rows(_arrive(arriving_RD, trip), arrived.rows), arrived.counts_E)
-    back_RD = _depart(arrived.weighted_sum(out_MD, _arrive(weight_RJ, weight_trip)), trip_back)
+    out_MD = expert_fn(gather_rows(rows_arrive(), arrived.rows), arrived.counts_E)
+    sums_arrive = route.begin_trip(arrived.weighted_sum(out_MD, weights_arrive()), back=True)
     y_ND = staying.weighted_sum(expert_fn(staying_MD, staying.counts_E), weight_NJ)
-    return sum_rows(_arrive(back_RD, trip_back), route.leaving, onto_ND=y_ND)
+    return sum_rows(sums_arrive(), route.leaving, onto_ND=y_ND)
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class _Route:
     @classmethod
     def plan(cls, expert_index_NJ: Tensor, here: int, size: int, shard: SequenceShard) -> _Route:
         group, me = shard.expert_group, group_rank(shard.expert_group)
-        _check(expert_index_NJ, here * size)
+        check_experts("run_experts", expert_index_NJ, here * size)
         process_NJ = expert_index_NJ // here
         goes_PN = torch.zeros(size, len(process_NJ), dtype=torch.bool, device=process_NJ.device)
         goes_PN.scatter_(0, process_NJ.t(), True)
@@ -151,81 +150,35 @@ class _Route:
             arrived_local=exchange_rows(group, local_RJ, send_rows, receive_rows, shard, "experts.forward"),
         )
 
-    def trip(self, *, back: bool = False) -> _Trip:
+    def begin_trip(self, rows_RD: Tensor, *, back: bool = False) -> Callable[[], Tensor]:
+        """Send rows out, or results back; calling the result awaits those that arrive here."""
         sizes = (self.receive_rows, self.send_rows) if back else (self.send_rows, self.receive_rows)
-        return _Trip(self.shard, *sizes)
+        trip = _Trip(self.shard, *sizes)
+        anchor = depart(trip, rows_RD)
+        return lambda: arrive(trip, anchor)[0]
 
 
-def _check(expert_index_NJ: Tensor, num_experts: int) -> None:
-    if expert_index_NJ.device.type == "cpu" and expert_index_NJ.numel():  # an accelerator would have to be waited for
-        low, high = (int(bound) for bound in expert_index_NJ.aminmax())
-        if low < 0 or high >= num_experts:
-            raise ValueError(f"run_experts: expert {low if low < 0 else high} is outside 0 .. {num_experts - 1}")
-
-
-class _Trip:
-    """Rows under way to other processes; in the backward pass their gradients, the same way home."""
+class _Trip(Flight):
+    """Rows on their way to other processes, and their gradients home."""
 
     def __init__(self, shard: SequenceShard, send_rows: list[int], receive_rows: list[int]) -> None:
-        self.shard, self.send_rows, self.receive_rows = shard, send_rows, receive_rows
+        self._shard, self._send_rows, self._receive_rows = shard, send_rows, receive_rows
         self._under_way: Pending[Tensor] | None = None
 
-    def begin(self, rows_RD: Tensor) -> Tensor:
-        """Send rows. The result stands for those that arrive, without memory of its own."""
-        self._under_way = self._exchange(rows_RD, self.send_rows, self.receive_rows, "experts.forward")
-        return _stand_in(rows_RD, sum(self.receive_rows))
+    def send(self, *tensors: Tensor) -> None:
+        self._under_way = self._exchange(tensors[0], self._send_rows, self._receive_rows, "experts.forward")
 
-    def begin_home(self, grads_RD: Tensor) -> Tensor:
-        """Send gradients. The result stands for them until they are at home."""
-        self._under_way = self._exchange(grads_RD, self.receive_rows, self.send_rows, "experts.backward")
-        return _stand_in(grads_RD, len(grads_RD))
+    def send_back(self, *gradients: Tensor) -> None:
+        grads_RD = gradients[0].contiguous()
+        self._under_way = self._exchange(grads_RD, self._receive_rows, self._send_rows, "experts.backward")
 
-    def _exchange(self, x_RD: Tensor, send_rows: list[int], receive_rows: list[int], motion: str) -> Pending[Tensor]:
-        return exchange_rows(self.shard.expert_group, x_RD, send_rows, receive_rows, self.shard, motion)
-
-    def wait(self) -> Tensor:
+    def land(self) -> tuple[Tensor, ...]:
         assert self._under_way is not None
         arrived_RD, self._under_way = self._under_way.wait(), None
-        return arrived_RD
+        return (arrived_RD,)
 
+    def land_back(self) -> tuple[Tensor, ...]:
+        return self.land()
 
-def _stand_in(like_RD: Tensor, rows: int) -> Tensor:
-    return like_RD.new_zeros(()).expand(rows, *like_RD.shape[1:])
-
-
-def _depart(rows_RD: Tensor, trip: _Trip) -> Tensor:
-    result = _Depart.apply(rows_RD, trip)
-    assert isinstance(result, Tensor)
-    return result
-
-
-def _arrive(arriving_RD: Tensor, trip: _Trip) -> Tensor:
-    result = _Arrive.apply(arriving_RD, trip)
-    assert isinstance(result, Tensor)
-    return result
-
-
-class _Depart(torch.autograd.Function):
-    """Rows set out; the backward awaits their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, trip: _Trip) -> Tensor:
-        ctx.trip = trip
-        return trip.begin(rows_RD)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.trip.wait(), None
-
-
-class _Arrive(torch.autograd.Function):
-    """Rows awaited; the backward lets their gradients set out."""
-
-    @staticmethod
-    def forward(ctx: Any, arriving_RD: Tensor, trip: _Trip) -> Tensor:
-        ctx.trip = trip
-        return trip.wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.trip.begin_home(grads[0].contiguous()), None
+    def _exchange(self, x_RD: Tensor, send_rows: list[int], receive_rows: list[int], motion: str) -> Pending[Tensor]:
+        return exchange_rows(self._shard.expert_group, x_RD, send_rows, receive_rows, self._shard, motion)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..kernels.autograd import first_order
 from ..kernels.long_convolution.transform import Transform
+from .adjoint import with_adjoint
 from .collectives import Pending, exchange
 from .shard import SequenceShard, even_bounds
 
@@ -236,23 +237,13 @@ class _Plan:
         return exchange([torch.view_as_real(part) for part in parts], shapes, self.shard, self.motion)
 
 
-class _Move(torch.autograd.Function):
-    """Tokens from shards to blocks, or back; the gradient's go the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BWD: Tensor, window: Window, forth: bool) -> Tensor:
-        ctx.window, ctx.forth = window, forth
-        return _move(x_BWD, window, forth, "convolve.forward")
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _move(grads[0], ctx.window, not ctx.forth, "convolve.backward"), None, None
-
-
 def _moved(x_BWD: Tensor, window: Window, forth: bool) -> Tensor:
-    moved = _Move.apply(x_BWD, window, forth)
-    assert isinstance(moved, Tensor)
-    return moved
+    """Tokens from shards to blocks (`forth`), or back."""
+    return with_adjoint(
+        x_BWD,
+        lambda x: _move(x, window, forth, "convolve.forward"),
+        lambda grad: _move(grad, window, not forth, "convolve.backward"),
+    )
 
 
 def _move(x_BWD: Tensor, window: Window, forth: bool, motion: str) -> Tensor:

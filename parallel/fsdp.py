@@ -4,6 +4,10 @@ Collectives only ever sum: the loss carries the scale (it is normalised by the g
 gradient is exact for any degrees, packed documents and experts that are sharded differently from the rest. This also
 avoids PREMUL_SUM, which gloo lacks, and the double division of torch 2.13 on meshes of one process.
 
+Parameters that ask for no gradient stand in their group beside others: they are gathered with them, and neither their
+gradients nor messages of these exist. FSDP2 sums what has a gradient, and a layer that no gradient comes to is not
+gathered again for the backward pass (but for the last of them, which is fetched ahead).
+
 In mixed precision a layer's parameters are two groups: matrices are gathered in the half type that they compute in,
 what must stay in float32 (decays, step sizes, filters, norms, routers) in float32. FSDP2 gives a module one precision;
 the second group is made here as it makes them itself for parameters on different meshes.

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from .adjoint import with_adjoint
 from .collectives import exchange
 from .shard import SequenceShard
 
@@ -24,6 +24,9 @@ def halo(x_BTD: Tensor, width: int, shard: SequenceShard) -> Tensor:
 
     Args:
         x_BTD: this shard's tokens, any dtype, any number of trailing dimensions.
+
+    Raises:
+        ValueError: a negative width, or tokens that are not as many as the shard holds.
     """
     if width < 0:
         raise ValueError(f"halo width must not be negative, got {width}")
@@ -31,9 +34,7 @@ def halo(x_BTD: Tensor, width: int, shard: SequenceShard) -> Tensor:
         raise ValueError(f"x has {x_BTD.shape[1]} tokens, this shard holds {shard.local_length}")
     if shard.size == 1:
         return x_BTD.new_zeros(x_BTD.shape[0], width, *x_BTD.shape[2:])
-    result = _Halo.apply(x_BTD, width, shard)
-    assert isinstance(result, Tensor)
-    return result
+    return with_adjoint(x_BTD, lambda x: _fetch(x, width, shard), lambda grad: _return(grad, width, shard))
 
 
 def projected_halo(project: Callable[[Tensor], Tensor], x_BTD: Tensor, width: int, shard: SequenceShard) -> Tensor:
@@ -50,34 +51,30 @@ def projected_halo(project: Callable[[Tensor], Tensor], x_BTD: Tensor, width: in
     return before_BWM.masked_fill(_foreign(width, shard, before_BWM), 0)
 
 
-class _Halo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_BTD: Tensor, width: int, shard: SequenceShard) -> Tensor:
-        ctx.width, ctx.shard = width, shard  # type: ignore[attr-defined]
-        batch, rest = x_BTD.shape[0], x_BTD.shape[2:]
-        wanted = _wanted(width, shard)
-        parts = [x_BTD[:, a - shard.start : b - shard.start] for a, b in wanted[shard.rank]]
-        shapes = [(batch, b - a, *rest) for a, b in (row[shard.rank] for row in wanted)]
-        tokens = exchange(parts, shapes, shard, "halo.forward").wait()
-        padding = x_BTD.new_zeros(batch, width - sum(part.shape[1] for part in tokens), *rest)
-        halo_BWD = torch.cat([padding, *tokens], dim=1)
-        return halo_BWD.masked_fill_(_foreign(width, shard, halo_BWD), 0)
+def _fetch(x_BTD: Tensor, width: int, shard: SequenceShard) -> Tensor:
+    batch, rest = x_BTD.shape[0], x_BTD.shape[2:]
+    wanted = _wanted(width, shard)
+    parts = [x_BTD[:, a - shard.start : b - shard.start] for a, b in wanted[shard.rank]]
+    shapes = [(batch, b - a, *rest) for a, b in (row[shard.rank] for row in wanted)]
+    tokens = exchange(parts, shapes, shard, "halo.forward").wait()
+    padding = x_BTD.new_zeros(batch, width - sum(part.shape[1] for part in tokens), *rest)
+    halo_BWD = torch.cat([padding, *tokens], dim=1)
+    return halo_BWD.masked_fill_(_foreign(width, shard, halo_BWD), 0)
 
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        width: int = ctx.width  # type: ignore[attr-defined]
-        shard: SequenceShard = ctx.shard  # type: ignore[attr-defined]
-        grad_BWD = grads[0].masked_fill(_foreign(width, shard, grads[0]), 0)
-        batch, rest = grad_BWD.shape[0], grad_BWD.shape[2:]
-        wanted = _wanted(width, shard)
-        offset = shard.start - width
-        parts = [grad_BWD[:, a - offset : b - offset] for a, b in (row[shard.rank] for row in wanted)]
-        shapes = [(batch, b - a, *rest) for a, b in wanted[shard.rank]]
-        returned = exchange(parts, shapes, shard, "halo.backward").wait()
-        grad_x_BTD = grad_BWD.new_zeros(batch, shard.local_length, *rest)
-        for (a, b), part in zip(wanted[shard.rank], returned, strict=True):
-            grad_x_BTD[:, a - shard.start : b - shard.start] += part
-        return grad_x_BTD, None, None
+
+def _return(grad_BWD: Tensor, width: int, shard: SequenceShard) -> Tensor:
+    """The adjoint of `_fetch`."""
+    grad_BWD = grad_BWD.masked_fill(_foreign(width, shard, grad_BWD), 0)
+    batch, rest = grad_BWD.shape[0], grad_BWD.shape[2:]
+    wanted = _wanted(width, shard)
+    offset = shard.start - width
+    parts = [grad_BWD[:, a - offset : b - offset] for a, b in (row[shard.rank] for row in wanted)]
+    shapes = [(batch, b - a, *rest) for a, b in wanted[shard.rank]]
+    returned = exchange(parts, shapes, shard, "halo.backward").wait()
+    grad_x_BTD = grad_BWD.new_zeros(batch, shard.local_length, *rest)
+    for (a, b), part in zip(wanted[shard.rank], returned, strict=True):
+        grad_x_BTD[:, a - shard.start : b - shard.start] += part
+    return grad_x_BTD
 
 
 def _wanted(width: int, shard: SequenceShard) -> list[list[tuple[int, int]]]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from .adjoint import with_adjoint
 from .collectives import exchange
 from .shard import SequenceShard
 
@@ -33,44 +33,26 @@ class Team:
         return self.ranks.index(self.shard.rank)
 
     def tokens(self, member: int) -> int:
-        rank = self.ranks[member]
-        return self.shard.bounds[rank + 1] - self.shard.bounds[rank]
+        return self.shard.length_of(self.ranks[member])
 
 
 def take_heads(x_BTHK: Tensor, team: Team) -> Tensor:
     """(B, T, H, K) -> (B, W, heads of this member, K); differentiable."""
-    result = _TakeHeads.apply(x_BTHK, team)
-    assert isinstance(result, Tensor)
-    return result
+    num_heads = x_BTHK.shape[2]
+    return with_adjoint(
+        x_BTHK,
+        lambda x: _to_heads(x, team, "heads.forward"),
+        lambda grad: _to_tokens(grad, team, num_heads, "heads.backward"),
+    )
 
 
 def give_heads(x_BWHK: Tensor, team: Team) -> Tensor:
     """The inverse where every head is taken once: (B, W, heads of this member, K) -> (B, T, H, K)."""
-    result = _GiveHeads.apply(x_BWHK, team)
-    assert isinstance(result, Tensor)
-    return result
-
-
-class _TakeHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_BTHK: Tensor, team: Team) -> Tensor:
-        ctx.team, ctx.num_heads = team, x_BTHK.shape[2]  # type: ignore[attr-defined]
-        return _to_heads(x_BTHK, team, "heads.forward")
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        return _to_tokens(grads[0], ctx.team, ctx.num_heads, "heads.backward"), None  # type: ignore[attr-defined]
-
-
-class _GiveHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_BWHK: Tensor, team: Team) -> Tensor:
-        ctx.team = team  # type: ignore[attr-defined]
-        return _to_tokens(x_BWHK, team, team.heads[-1][1], "heads.forward")
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        return _to_heads(grads[0], ctx.team, "heads.backward"), None  # type: ignore[attr-defined]
+    return with_adjoint(
+        x_BWHK,
+        lambda x: _to_tokens(x, team, team.heads[-1][1], "heads.forward"),
+        lambda grad: _to_heads(grad, team, "heads.backward"),
+    )
 
 
 def _to_heads(x_BTHK: Tensor, team: Team, motion: str) -> Tensor:
@@ -96,8 +78,11 @@ def _to_tokens(x_BWHK: Tensor, team: Team, num_heads: int, motion: str) -> Tenso
         parts[rank] = pieces[member]
         shapes[rank] = (batch, shard.local_length, b - a, dim)
     arrived = exchange(parts, shapes, shard, motion).wait()
-    out = x_BWHK.new_zeros(batch, shard.local_length, num_heads, dim)
+    # what several members took adds up: in single precision, though it travels in half types
+    several = sum(b - a for a, b in team.heads) > num_heads
+    dtype = torch.promote_types(x_BWHK.dtype, torch.float32) if several else x_BWHK.dtype
+    out = x_BWHK.new_zeros(batch, shard.local_length, num_heads, dim, dtype=dtype)
     for member, rank in enumerate(team.ranks):
         a, b = team.heads[member]
         out[:, :, a:b] += arrived[rank]
-    return out
+    return out.to(x_BWHK.dtype)

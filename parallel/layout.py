@@ -18,8 +18,8 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from .adjoint import with_adjoint
 from .collectives import exchange
 from .shard import DocumentStarts, SequenceShard, even_bounds
 
@@ -37,6 +37,16 @@ class Layout:
 
     def tokens(self, place: int) -> int:
         return sum(stop - start for start, stop in self.spans[place])
+
+    def document_begin(self, place: int, shard: SequenceShard) -> Tensor | None:
+        """(B or 1, W) where the document of each token of a place begins; None without packed documents.
+
+        On the CPU, where attention's kernel reads it: from an accelerator it would have to be waited for.
+        """
+        if shard.document_starts is None:
+            return None
+        begin_BL = shard.whole_document_begin()
+        return torch.cat([begin_BL[:, start:stop] for start, stop in self.spans[place]], dim=1)
 
 
 def contiguous(bounds: tuple[int, ...]) -> Layout:
@@ -142,22 +152,11 @@ def relayout(x_BT: Tensor, shard: SequenceShard, source: Layout, target: Layout,
     """
     if source == target or len(ranks) == 1:
         return x_BT
-    result = _Relayout.apply(x_BT, shard, source, target, ranks)
-    assert isinstance(result, Tensor)
-    return result
-
-
-class _Relayout(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x_BT: Tensor, shard: SequenceShard, source: Layout, target: Layout, ranks: tuple[int, ...]
-    ) -> Tensor:
-        ctx.arguments = (shard, target, source, ranks)  # type: ignore[attr-defined]
-        return _move(x_BT, shard, source, target, ranks, "relayout.forward")
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _move(grads[0], *ctx.arguments, "relayout.backward"), None, None, None, None  # type: ignore[attr-defined]
+    return with_adjoint(
+        x_BT,
+        lambda x: _move(x, shard, source, target, ranks, "relayout.forward"),
+        lambda grad: _move(grad, shard, target, source, ranks, "relayout.backward"),
+    )
 
 
 def _move(
@@ -172,13 +171,16 @@ def _move(
         parts[rank] = torch.cat([x_BT[:, :0], *(x_BT[:, a:b] for a, b in leaving)], dim=1)
         shapes[rank] = (batch, sum(b - a for a, b in overlaps(theirs, source.spans[place])), *rest)
     arrived = exchange(parts, shapes, shard, motion).wait()
-    out = x_BT.new_zeros(batch, target.tokens(me), *rest)
+    # what lay at several places adds up: in single precision, though it travels in half types
+    several = sum(shape[1] for shape in shapes) > target.tokens(me)
+    dtype = torch.promote_types(x_BT.dtype, torch.float32) if several else x_BT.dtype
+    out = x_BT.new_zeros(batch, target.tokens(me), *rest, dtype=dtype)
     for place, rank in enumerate(ranks):
         offset = 0
         for a, b in overlaps(theirs, source.spans[place]):
             out[:, a:b] += arrived[rank][:, offset : offset + b - a]
             offset += b - a
-    return out
+    return out.to(x_BT.dtype)
 
 
 def overlaps(mine: tuple[Span, ...], theirs: tuple[Span, ...]) -> list[Span]:

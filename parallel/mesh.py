@@ -30,9 +30,16 @@ class MeshConfig(BaseModel):
     data: Degree = Field(default="auto", description="groups of processes that work on different sequences")
     sequence: Degree = Field(default="auto", description="processes that share every sequence")
     expert: Degree = Field(default="auto", description="processes over which experts are spread")
-    prefix: Literal["auto", "all_gather", "logarithmic", "pipelined", "hierarchical"] = "auto"
-    attention: Literal["auto", "heads", "ring", "grid", "gather"] = "auto"
-    convolution: Literal["auto", "channels", "length"] = "auto"
+    prefix: Literal["auto", "all_gather", "logarithmic", "pipelined", "hierarchical"] = Field(
+        default="auto", description="how the states of recurrences travel between the processes of a sequence"
+    )
+    attention: Literal["auto", "heads", "ring", "grid", "gather"] = Field(
+        default="auto", description="how keys and values meet the queries of other processes"
+    )
+    convolution: Literal["auto", "channels", "length"] = Field(
+        default="auto",
+        description="how long implicit filters are applied: to whole sequences of some channels, or to parts",
+    )
 
     @property
     def strategies(self) -> Strategies:

@@ -11,17 +11,18 @@ Shapes: B batch, T tokens here, W tokens of this process's tiles, S visiting key
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from ..kernels.attention import Range
+from ..kernels.attention import Positions
+from ..kernels.autograd import first_order
 from .layout import balanced, contiguous, relayout
 from .ring import Ring
 from .shard import SequenceShard
 
-Pair = Callable[[Tensor, Tensor, Range], Tensor]
+Pair = Callable[[Tensor, Tensor, Positions], Tensor]
 """(queries (B, W, M), keys (B, S, N), where they stand) -> (B, W, E), summed over the keys that each query sees: not
 after it, not before its document. Differentiable in its arguments; what else it uses is not differentiated."""
 
@@ -34,17 +35,14 @@ def pair_sum(pair: Pair, queries_BTM: Tensor, keys_BTN: Tensor, shard: SequenceS
     device = queries_BTM.device
     if shard.size == 1:
         begin = shard.document_begin(device) if shard.document_starts is not None else None
-        return pair(queries_BTM, keys_BTN, Range(0, 0, begin))
+        return pair(queries_BTM, keys_BTN, Positions(0, 0, begin))
     ranks = tuple(range(shard.size))
     outside, inside = contiguous(shard.bounds), balanced(shard.length, shard.size, shard.document_starts)
-    begin = None
-    if shard.document_starts is not None:
-        whole_BL = shard.whole_document_begin()
-        begin = torch.cat([whole_BL[:, a:b] for a, b in inside.spans[shard.rank]], dim=1).to(device)
+    begin = inside.document_begin(shard.rank, shard)
     joined = torch.cat([queries_BTM, keys_BTN], dim=-1)
     sizes = [queries_BTM.shape[-1], keys_BTN.shape[-1]]
     queries_BWM, keys_BWN = relayout(joined, shard, outside, inside, ranks).split(sizes, dim=-1)
-    ring = Ring(shard, inside, ranks, begin)
+    ring = Ring(shard, inside, ranks, None if begin is None else begin.to(device))
     sums = _PairSum.apply(queries_BWM.contiguous(), keys_BWN.contiguous(), ring, pair)
     assert isinstance(sums, Tensor)
     return relayout(sums, shard, inside, outside, ranks)
@@ -52,47 +50,38 @@ def pair_sum(pair: Pair, queries_BTM: Tensor, keys_BTN: Tensor, shard: SequenceS
 
 class _PairSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, queries: Tensor, keys: Tensor, ring: Ring, pair: Pair) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, ring: Ring, pair: Pair) -> Tensor:
         sums: Tensor | None = None
-        visiting = keys
-        for step in range(ring.size):
-            visitor = ring.visitor(step)
-            pending = None if step == ring.size - 1 else ring.pass_on(visiting, visitor, "pair_sum.forward")
+        for visitor, visiting in ring.visits(keys, "pair_sum.forward"):
             for mine, theirs, where in ring.meetings(visitor):
                 part = pair(queries[:, mine], visiting[:, theirs], where)
                 if sums is None:
                     wide = torch.promote_types(part.dtype, torch.float32)
                     sums = part.new_zeros(part.shape[0], queries.shape[1], part.shape[2], dtype=wide)
                 sums[:, mine] += part
-            if pending is not None:
-                visiting = ring.received(pending)
         assert sums is not None  # every token meets itself
         ctx.save_for_backward(queries, keys)
-        ctx.ring, ctx.pair = ring, pair  # type: ignore[attr-defined]
+        ctx.ring, ctx.pair = ring, pair
         return sums
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys = ctx.saved_tensors  # type: ignore[attr-defined]
-        ring: Ring = ctx.ring  # type: ignore[attr-defined]
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys = ctx.saved_tensors
+        ring: Ring = ctx.ring
         wide = torch.promote_types(keys.dtype, torch.float32)
-        grad_queries = torch.zeros_like(queries, dtype=wide)
-        visiting, travelling = keys, None
-        for step in range(ring.size):
-            visitor = ring.visitor(step)
-            pending = None if step == ring.size - 1 else ring.pass_on(visiting, visitor, "pair_sum.backward")
+        grad_queries, travelling = torch.zeros_like(queries, dtype=wide), None
+        for visitor, visiting in ring.visits(keys, "pair_sum.backward"):
             grad_keys = torch.zeros_like(visiting, dtype=wide)
             for mine, theirs, where in ring.meetings(visitor):
                 leaves = [x.detach().requires_grad_() for x in (queries[:, mine], visiting[:, theirs])]
                 with torch.enable_grad():
-                    part = ctx.pair(*leaves, where)  # type: ignore[attr-defined]
+                    part = ctx.pair(*leaves, where)
                 of_queries, of_keys = torch.autograd.grad(part, leaves, grads[0][:, mine].to(part.dtype))
                 grad_queries[:, mine] += of_queries
                 grad_keys[:, theirs] += of_keys
             if travelling is not None:  # what the processes before found for these keys
                 grad_keys += ring.received(travelling)
             travelling = ring.pass_on(grad_keys, visitor, "pair_sum.backward")
-            if pending is not None:
-                visiting = ring.received(pending)
         assert travelling is not None
         return grad_queries.to(queries.dtype), ring.received(travelling).to(keys.dtype), None, None

@@ -15,31 +15,45 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from .prefix_strategies import STRATEGIES, Segment, choose_strategy
+from .flight import Flight, arrive, depart
+from .prefix_strategies import STRATEGIES, choose_strategy
+from .segment import Segment
 from .shard import SequenceShard
 from .transitions import Transition
 
 
-def prefix_state(transition: Transition, state: Tensor, shard: SequenceShard, *, strategy: str | None = None) -> Tensor:
-    """The state entering this shard; the empty state on the first. Differentiable in the state and the transition.
+def prefix_state(
+    transition: Transition,
+    state: Tensor,
+    shard: SequenceShard,
+    *,
+    initial: Tensor | None = None,
+    strategy: str | None = None,
+) -> Tensor:
+    """The state entering this shard. Differentiable in the states and the transition.
 
     Args:
         transition: how the state entering this shard acts on the one leaving it.
         state: (B, channels or heads, ...) the state this shard reaches from zero, float32, float64 or complex (half
             types are computed and sent in float32).
+        initial: the state before the sequence, the same on every process; by default the empty one.
         strategy: a key of `prefix_strategies.STRATEGIES`, or "auto" for the cost model's choice; by default what the
             shard asks for. All give the same result up to rounding.
 
     Raises:
         ValueError: an unknown strategy.
     """
-    return begin_prefix_state(transition, state, shard, strategy=strategy).wait()
+    return begin_prefix_state(transition, state, shard, initial=initial, strategy=strategy).wait()
 
 
 def begin_prefix_state(
-    transition: Transition, state: Tensor, shard: SequenceShard, *, strategy: str | None = None
+    transition: Transition,
+    state: Tensor,
+    shard: SequenceShard,
+    *,
+    initial: Tensor | None = None,
+    strategy: str | None = None,
 ) -> PendingState:
     """`prefix_state` in two halves: the message leaves now, `wait` returns the state. Compute in between.
 
@@ -49,11 +63,13 @@ def begin_prefix_state(
     if strategy != "auto" and strategy not in STRATEGIES:
         raise ValueError(f"unknown prefix strategy {strategy!r}: choose auto, {', '.join(sorted(STRATEGIES))}")
     if shard.size == 1:
-        return PendingState(None, transition.empty(state))
+        return PendingState(None, transition.empty(state) if initial is None else initial)
+    if shard.rank > 0:
+        initial = None
+    if initial is not None:
+        state = transition.after(initial, state, shard.local_length)
     flight = _Flight(transition, shard, strategy)
-    anchor = _Begin.apply(flight, state, *transition.inputs())
-    assert isinstance(anchor, Tensor)
-    return PendingState(flight, anchor)
+    return PendingState(flight, depart(flight, state, *transition.inputs()), initial)
 
 
 @dataclass
@@ -62,18 +78,18 @@ class PendingState:
 
     _flight: _Flight | None
     _anchor: Tensor
+    _initial: Tensor | None = None
 
     def wait(self) -> Tensor:
         """The state entering this shard."""
         if self._flight is None:
             return self._anchor
-        state = _Finish.apply(self._anchor, self._flight)
-        assert isinstance(state, Tensor)
-        return state
+        (state,) = arrive(self._flight, self._anchor)
+        return state if self._initial is None else self._flight.transition.merge(state, self._initial)
 
 
-class _Flight:
-    """What the two halves of one pass share: the message under way and what backward needs."""
+class _Flight(Flight):
+    """States on their way: left to right, and their gradients right to left."""
 
     def __init__(self, transition: Transition, shard: SequenceShard, strategy: str) -> None:
         self.transition = transition
@@ -82,27 +98,28 @@ class _Flight:
         self._land: Callable[[], Tensor] | None = None
         self._entering: Tensor | None = None
 
-    def begin_forward(self, transition: Transition, state: Tensor) -> None:
-        """Send this shard's segment on its way, left to right."""
+    def send(self, *tensors: Tensor) -> None:
+        """This shard's own state and its transition's tensors."""
+        state, *inputs = tensors
         # sums of steps are composed on the way: they too in float32 or better
-        self.transition = transition.with_inputs(tuple(_at_least_float32(x) for x in transition.inputs()))
-        self._dtype, self._input_dtypes = state.dtype, [x.dtype for x in transition.inputs()]
+        self.transition = self.transition.with_inputs(tuple(_at_least_float32(x) for x in inputs))
+        self._dtype, self._input_dtypes = state.dtype, [x.dtype for x in inputs]
         self._own = _at_least_float32(state)
         self._send(self._own, reverse=False)
 
-    def land_forward(self) -> Tensor:
+    def land(self) -> tuple[Tensor, ...]:
+        """The entering state."""
         assert self._land is not None
         self._entering = self._land()
         # a copy: autograd's output must not be what its own node keeps, or neither would ever be freed
-        return self._entering.to(self._dtype, copy=True)
+        return (self._entering.to(self._dtype, copy=True),)
 
-    def begin_backward(self, gradient: Tensor) -> None:
-        """Send the gradient of the entering state on its way, right to left."""
+    def send_back(self, *gradients: Tensor) -> None:
         assert self._entering is not None
-        self._send(self.transition.gradient_to_send(gradient.to(self._own.dtype), self._entering), reverse=True)
+        gradient = gradients[0].to(self._own.dtype)
+        self._send(self.transition.gradient_to_send(gradient, self._entering), reverse=True)
 
-    def land_backward(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The gradients of this shard's own state and of its transition's tensors."""
+    def land_back(self) -> tuple[Tensor, ...]:
         assert self._land is not None and self._entering is not None
         arrived = self._land()
         inputs = tuple(tensor.detach().requires_grad_() for tensor in self.transition.inputs())
@@ -116,7 +133,7 @@ class _Flight:
                     gradient = gradient.masked_fill(_expand(transition.reset, gradient), 0)
                 grads = torch.autograd.grad(moved, inputs, gradient)
         grads = tuple(grad.to(dtype) for grad, dtype in zip(grads, self._input_dtypes, strict=True))
-        return self.transition.gradient_of_own(arrived, self._own).to(self._dtype), grads
+        return self.transition.gradient_of_own(arrived, self._own).to(self._dtype), *grads
 
     def _send(self, state: Tensor, *, reverse: bool) -> None:
         keep = None
@@ -136,33 +153,3 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _expand(mask_B: Tensor, like: Tensor) -> Tensor:
     return mask_B.reshape(-1, *([1] * (like.dim() - 1)))
-
-
-class _Begin(torch.autograd.Function):
-    """First half. Forward sends the state; backward awaits the gradient of the state."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, flight: _Flight, state: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.flight = flight  # type: ignore[attr-defined]
-        detached = tuple(tensor.detach() for tensor in inputs)
-        flight.begin_forward(flight.transition.with_inputs(detached), state.detach())
-        return state.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        own, inputs = ctx.flight.land_backward()  # type: ignore[attr-defined]
-        return None, own, *inputs
-
-
-class _Finish(torch.autograd.Function):
-    """Second half. Forward awaits the state; backward sends its gradient."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, anchor: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight  # type: ignore[attr-defined]
-        return flight.land_forward()
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.begin_backward(grads[0])  # type: ignore[attr-defined]
-        return grads[0].new_zeros(()), None

@@ -12,9 +12,7 @@ With S the bytes of a state and P processes, a process sends
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from math import ceil, log2
 
@@ -22,89 +20,16 @@ import torch
 from torch import Tensor
 
 from .collectives import exchange, gather, receive_from, send_to, verify_chain
-from .shard import SequenceShard, even_bounds
-from .transitions import Transition
+from .segment import Segment, as_real, combine
+from .shard import SequenceShard
 
 PIPELINE_SLICES = 4
-
-
-@dataclass(frozen=True)
-class Segment:
-    """An affine map over `tokens` tokens: its travelling numbers, whether earlier state survives (B,), its state."""
-
-    transition: Transition
-    travelling: Tensor | None
-    keep: Tensor | None
-    state: Tensor
-    tokens: int
-
-    def packed(self) -> Tensor:
-        """Everything that travels, in one flat real tensor."""
-        return torch.cat([_real(part).reshape(-1) for part in self._parts()])
-
-    def unpacked(self, flat: Tensor, tokens: int) -> Segment:
-        """The segment that another process packed in the same form."""
-        views, offset = [], 0
-        for part in self._parts():
-            real = _real(part)
-            view = flat[offset : offset + real.numel()].view(real.shape)
-            # a clone: complex numbers must begin at an even offset
-            views.append((torch.view_as_complex(view.clone()) if part.is_complex() else view).to(part.dtype))
-            offset += real.numel()
-        travelling = views[1] if self.travelling is not None else None
-        keep = views[-1] if self.keep is not None else None
-        return Segment(self.transition, travelling, keep, views[0], tokens)
-
-    def numel(self) -> int:
-        return sum(_real(part).numel() for part in self._parts())
-
-    def slices(self, number: int) -> list[Segment]:
-        """The segment cut along channels (or heads) into at most `number` parts."""
-        bounds = even_bounds(self.state.shape[1], min(number, self.state.shape[1]))
-        return [self._slice(slice(a, b)) for a, b in itertools.pairwise(bounds)]
-
-    def act(self, state: Tensor, *, transposed: bool) -> Tensor:
-        """M state, the empty state where a document begins inside."""
-        moved = self.transition.apply(self.travelling, self.tokens, state, transposed=transposed)
-        if self.keep is not None:
-            moved = self.transition.forget(moved, self.keep.reshape(-1, *([1] * (moved.dim() - 1))))
-        return moved
-
-    def after(self, state: Tensor, *, transposed: bool) -> Tensor:
-        """M state + c."""
-        return self.transition.merge(self.act(state, transposed=transposed), self.state)
-
-    def _slice(self, part: slice) -> Segment:
-        travelling = None if self.travelling is None else self.travelling[:, part]
-        transition = self.transition.sliced(part, self.state)
-        return Segment(transition, travelling, self.keep, self.state[:, part], self.tokens)
-
-    def _parts(self) -> list[Tensor]:
-        return [part for part in (self.state, self.travelling, self.keep) if part is not None]
-
-
-def _real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x) if x.is_complex() else x
-
-
-def combine(earlier: Segment, later: Segment, *, reverse: bool) -> Segment:
-    """One map for two stretches. In reverse, `earlier` is the one visited first, that is, the right-hand one."""
-    travelling = keep = None
-    left, right = (later, earlier) if reverse else (earlier, later)
-    if left.travelling is not None and right.travelling is not None:
-        travelling = left.transition.compose(left.travelling, right.travelling)
-    if left.keep is not None and right.keep is not None:
-        keep = left.keep * right.keep
-    state = later.after(earlier.state, transposed=reverse)
-    return Segment(later.transition, travelling, keep, state, earlier.tokens + later.tokens)
-
+"""Of a pipelined state: with more of them processes wait less for the first, and send more messages."""
 
 Landing = Callable[[], Tensor]
+"""Waits for the state, and returns it."""
 Strategy = Callable[[Segment, SequenceShard, bool, str], Landing]
-
-
-def _rank_tokens(shard: SequenceShard, rank: int) -> int:
-    return shard.bounds[rank + 1] - shard.bounds[rank]
+"""(this process's segment, its shard, reverse, the motion's name in the ledger) -> landing."""
 
 
 def all_gather(segment: Segment, shard: SequenceShard, reverse: bool, motion: str) -> Landing:
@@ -115,7 +40,7 @@ def all_gather(segment: Segment, shard: SequenceShard, reverse: bool, motion: st
         flats = pending.wait()
         state = segment.transition.empty(segment.state)
         for rank in range(shard.size - 1, shard.rank, -1) if reverse else range(shard.rank):
-            state = segment.unpacked(flats[rank], _rank_tokens(shard, rank)).after(state, transposed=reverse)
+            state = segment.unpacked(flats[rank], shard.length_of(rank)).after(state, transposed=reverse)
         return state
 
     return finish
@@ -143,7 +68,7 @@ def logarithmic(segment: Segment, shard: SequenceShard, reverse: bool, motion: s
                 return None
             # the sender's stretch: itself and the up to reach - 1 processes before it
             places = range(max(0, place - 2 * reach + 1), place - reach + 1)
-            tokens = sum(_rank_tokens(shard, process_at(position)) for position in places)
+            tokens = sum(shard.length_of(process_at(position)) for position in places)
             return segment.unpacked(arrived[process_at(place - reach)], tokens)
 
         return receive
@@ -222,11 +147,11 @@ def hierarchical(segment: Segment, shard: SequenceShard, reverse: bool, motion: 
         arrived = gathered()
         maps: dict[int, Segment] = {}
         if mine is not None:
-            maps = {rank: mine.unpacked(arrived[rank], _rank_tokens(shard, rank)) for rank in neighbours}
+            maps = {rank: mine.unpacked(arrived[rank], shard.length_of(rank)) for rank in neighbours}
         prefixes = _across_nodes(maps, mine, visit, route, shard, reverse, per_node)
-        sizes = {neighbours[i]: _real(part.state).numel() for i, part in enumerate(slices)}
-        home = route({rank: _real(state).reshape(-1) for rank, state in prefixes.items()}, sizes)()
-        pieces = [home[neighbours[i]].view(_real(part.state).shape) for i, part in enumerate(slices)]
+        sizes = {neighbours[i]: as_real(part.state).numel() for i, part in enumerate(slices)}
+        home = route({rank: as_real(state).reshape(-1) for rank, state in prefixes.items()}, sizes)()
+        pieces = [home[neighbours[i]].view(as_real(part.state).shape) for i, part in enumerate(slices)]
         states = [torch.view_as_complex(p.clone()) if segment.state.is_complex() else p for p in pieces]
         return torch.cat(states, dim=1).to(segment.state.dtype)
 
@@ -257,7 +182,7 @@ def _across_nodes(
     state = mine.transition.empty(mine.state)
     for other in before:
         ranks = range(other * per_node, (other + 1) * per_node)
-        tokens = sum(_rank_tokens(shard, rank) for rank in ranks)
+        tokens = sum(shard.length_of(rank) for rank in ranks)
         state = mine.unpacked(arrived[peers[other]], tokens).after(state, transposed=reverse)
     prefixes = {}
     for rank in visit(sorted(maps)):
@@ -278,7 +203,7 @@ def choose_strategy(wanted: str, segment: Segment, shard: SequenceShard) -> str:
     """The cost model: seconds of each strategy from the link's latency and bandwidth; the cheapest unless `wanted`."""
     if wanted != "auto":
         return wanted
-    seconds = predicted_seconds(segment.numel() * _real(segment.state).element_size(), shard)
+    seconds = predicted_seconds(segment.numel() * as_real(segment.state).element_size(), shard)
     return min(seconds, key=lambda name: seconds[name])
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from .adjoint import with_adjoint
 from .collectives import all_reduce
 from .groups import group_size
 from .shard import SequenceShard
@@ -19,16 +18,4 @@ def global_sum(x: Tensor, shard: SequenceShard) -> Tensor:
     """
     if group_size(shard.token_group) == 1:
         return x
-    result = _GlobalSum.apply(x, shard)
-    assert isinstance(result, Tensor)
-    return result
-
-
-class _GlobalSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, shard: SequenceShard) -> Tensor:
-        return all_reduce(x, shard.token_group, shard, "global_sum")
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    return with_adjoint(x, lambda own: all_reduce(own, shard.token_group, shard, "global_sum"), lambda grad: grad)

@@ -7,12 +7,13 @@ batch, T tokens here, L all tokens, D channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from .collectives import Pending, exchange
+from .flight import Flight, arrive, depart
 from .shard import SequenceShard, even_bounds
 
 
@@ -50,10 +51,10 @@ def reshard(
     return result[0] if isinstance(x, Tensor) else result
 
 
-def begin_reshard(x: Tensor, shard: SequenceShard, to: str, channels: int | None = None) -> Callable[[], Tensor]:
+def begin_reshard(x: Tensor, shard: SequenceShard, to: str) -> Callable[[], Tensor]:
     """`reshard` in two halves: the message leaves now, and calling the result awaits it. In the backward pass the
     gradient travels between the same two places."""
-    finish = _begin((x,), shard, to, channels)
+    finish = _begin((x,), shard, to, None)
     return lambda: finish()[0]
 
 
@@ -69,14 +70,8 @@ def _begin(
     if shard.size == 1:
         return lambda: tensors
     flight = _Flight(shard, to, _totals(tensors, shard, to, channels))
-    anchor = _Begin.apply(flight, *tensors)
-
-    def finish() -> tuple[Tensor, ...]:
-        result = _Finish.apply(flight, anchor)
-        assert isinstance(result, tuple)
-        return result
-
-    return finish
+    anchor = depart(flight, *tensors)
+    return lambda: arrive(flight, anchor)
 
 
 def _totals(
@@ -100,50 +95,27 @@ def _totals(
     return tuple(totals)
 
 
-class _Flight:
-    """What the two halves of one pass share: the message under way."""
+class _Flight(Flight):
+    """Tensors on their way to the other split, and their gradients back to this one."""
 
     def __init__(self, shard: SequenceShard, to: str, totals: tuple[int, ...]) -> None:
         self._shard, self._to, self._totals = shard, to, totals
         self._message: Pending[tuple[Tensor, ...]] | None = None
 
-    def begin(self, tensors: tuple[Tensor, ...], *, backward: bool) -> None:
+    def send(self, *tensors: Tensor) -> None:
+        self._message = _send(tensors, self._shard, self._to, self._totals, "reshard.forward")
+
+    def send_back(self, *gradients: Tensor) -> None:
         back = "length" if self._to == "channels" else "channels"
-        to, motion = (back, "reshard.backward") if backward else (self._to, "reshard.forward")
-        self._message = _send(tensors, self._shard, to, self._totals, motion)
+        self._message = _send(gradients, self._shard, back, self._totals, "reshard.backward")
 
     def land(self) -> tuple[Tensor, ...]:
         assert self._message is not None
         arrived, self._message = self._message.wait(), None
         return arrived
 
-
-class _Begin(torch.autograd.Function):
-    """First half. Forward sends the tensors; backward awaits their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, flight: _Flight, *tensors: Tensor) -> Tensor:
-        ctx.flight = flight
-        flight.begin(tensors, backward=False)
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.flight.land()
-
-
-class _Finish(torch.autograd.Function):
-    """Second half. Forward awaits the tensors; backward sends their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, flight: _Flight, anchor: Tensor) -> tuple[Tensor, ...]:
-        ctx.flight = flight
-        return flight.land()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        ctx.flight.begin(grads, backward=True)
-        return None, grads[0].new_zeros(())
+    def land_back(self) -> tuple[Tensor, ...]:
+        return self.land()
 
 
 def _send(

@@ -9,14 +9,16 @@ Shapes: B batch, W tokens here, S tokens of the visiting keys, H query heads, G 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from ..kernels.attention import Range, attend_, attend_backward_, nothing_seen
+from ..kernels.attention import Positions, attend_, attend_backward_, nothing_seen
+from ..kernels.autograd import first_order
 from .collectives import Pending, exchange
 from .layout import Layout
 from .shard import SequenceShard
@@ -39,9 +41,14 @@ class Ring:
     def place(self) -> int:
         return self.ranks.index(self.shard.rank)
 
-    def visitor(self, step: int) -> int:
-        """Whose keys are here in this step."""
-        return (self.place - step) % self.size
+    def visits(self, x: Tensor, motion: str) -> Iterator[tuple[int, Tensor]]:
+        """(whose, keys) of every place in turn, one's own `x` first. The next ones travel while these are used."""
+        for step in range(self.size):
+            visitor = (self.place - step) % self.size
+            pending = self.pass_on(x, visitor, motion) if step < self.size - 1 else None
+            yield visitor, x
+            if pending is not None:
+                x = self.received(pending)
 
     def pass_on(self, x: Tensor, visitor: int, motion: str) -> Pending[list[Tensor]]:
         """Hand `x` (of `visitor`) to the next process and receive the previous one's from the one before."""
@@ -56,7 +63,7 @@ class Ring:
     def received(self, pending: Pending[list[Tensor]]) -> Tensor:
         return pending.wait()[self.ranks[self.place - 1]]
 
-    def meetings(self, visitor: int) -> list[tuple[slice, slice, Range]]:
+    def meetings(self, visitor: int) -> list[tuple[slice, slice, Positions]]:
         """(queries here, keys there, where they stand) of every pair of tiles that can see each other."""
         found = []
         mine, theirs = self.layout.spans[self.place], self.layout.spans[visitor]
@@ -65,7 +72,7 @@ class Ring:
             earliest = 0 if begin is None else int(begin.min())
             for (key_start, key_stop), keys in zip(theirs, _slices(theirs), strict=True):
                 if key_start < query_stop and key_stop > earliest:
-                    found.append((queries, keys, Range(query_start, key_start, begin)))
+                    found.append((queries, keys, Positions(query_start, key_start, begin)))
         return found
 
 
@@ -85,40 +92,30 @@ def ring_attention(q_BWHK: Tensor, kv_BW2GK: Tensor, ring: Ring, scale: float) -
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, kv: Tensor, ring: Ring, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, kv: Tensor, ring: Ring, scale: float) -> Tensor:
         out, lse = nothing_seen(q)
-        visiting = kv
-        for step in range(ring.size):
-            visitor = ring.visitor(step)
-            last = step == ring.size - 1
-            pending = None if last else ring.pass_on(visiting, visitor, "ring.forward")
+        for visitor, visiting in ring.visits(kv, "ring.forward"):
             k, v = visiting.unbind(2)
             for queries, keys, where in ring.meetings(visitor):
                 attend_(out[:, queries], lse[:, queries], q[:, queries], k[:, keys], v[:, keys], where, scale)
-            if pending is not None:
-                visiting = ring.received(pending)
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, kv, out, lse)
-        ctx.ring, ctx.scale = ring, scale  # type: ignore[attr-defined]
+        ctx.ring, ctx.scale = ring, scale
         return out
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-        ring: Ring = ctx.ring  # type: ignore[attr-defined]
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, out, lse = ctx.saved_tensors
+        ring: Ring = ctx.ring
         grad_out, wide = grads[0].to(out.dtype), lse.dtype
-        grad_q = torch.zeros_like(q, dtype=wide)
-        visiting, travelling = kv, None
-        for step in range(ring.size):
-            visitor = ring.visitor(step)
-            last = step == ring.size - 1
-            pending = None if last else ring.pass_on(visiting, visitor, "ring.backward")
+        grad_q, travelling = torch.zeros_like(q, dtype=wide), None
+        for visitor, visiting in ring.visits(kv, "ring.backward"):
             grad_kv = torch.zeros_like(visiting, dtype=wide)
-            _accumulate(grad_q, grad_kv, grad_out, q, visiting, out, lse, ring, visitor, ctx.scale)  # type: ignore[attr-defined]
+            _accumulate(grad_q, grad_kv, grad_out, q, visiting, out, lse, ring, visitor, ctx.scale)
             if travelling is not None:  # what the processes before found for these keys
                 grad_kv += ring.received(travelling)
             travelling = ring.pass_on(grad_kv, visitor, "ring.backward")
-            if pending is not None:
-                visiting = ring.received(pending)
         assert travelling is not None
         return grad_q.to(q.dtype), ring.received(travelling).to(kv.dtype), None, None
 

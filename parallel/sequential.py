@@ -8,11 +8,12 @@ The backward pass goes the other way round. Bytes per process: one state each wa
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from ..kernels.autograd import first_order
 from .collectives import receive_from, send_to, verify_chain
 from .shard import SequenceShard
 
@@ -59,14 +60,15 @@ class _Receive(torch.autograd.Function):
     """Forward awaits the state; backward sends its gradient to where it came from."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, initial: Tensor, anchor: Tensor, shard: SequenceShard) -> Tensor:
-        ctx.shard = shard  # type: ignore[attr-defined]
+    def forward(ctx: Any, initial: Tensor, anchor: Tensor, shard: SequenceShard) -> Tensor:
+        ctx.shard = shard
         arrived = _pass(None, initial, shard, reverse=False)
         return initial.clone() if arrived is None else arrived
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        shard: SequenceShard = ctx.shard  # type: ignore[attr-defined]
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        shard: SequenceShard = ctx.shard
         _pass(grads[0], grads[0], shard, reverse=True)
         of_initial = grads[0] if shard.rank == 0 else torch.zeros_like(grads[0])
         return of_initial, grads[0].new_zeros(()), None
@@ -78,15 +80,16 @@ class _HandOn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, outputs: Tensor, leaving: Tensor, entering: Tensor, shard: SequenceShard
+        ctx: Any, outputs: Tensor, leaving: Tensor, entering: Tensor, shard: SequenceShard
     ) -> tuple[Tensor, Tensor]:
-        ctx.shard = shard  # type: ignore[attr-defined]
+        ctx.shard = shard
         _pass(leaving, entering, shard, reverse=False)
         return outputs.view_as(outputs), leaving.view_as(leaving)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         grad_outputs, grad_leaving = grads
-        arrived = _pass(None, grad_leaving, ctx.shard, reverse=True)  # type: ignore[attr-defined]
+        arrived = _pass(None, grad_leaving, ctx.shard, reverse=True)
         grad_leaving = grad_leaving if arrived is None else grad_leaving + arrived
         return grad_outputs, grad_leaving, torch.zeros_like(grad_leaving), None

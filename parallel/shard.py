@@ -118,7 +118,9 @@ class SequenceShard:
             document_starts: see `parse_document_starts`.
             bounds: P + 1 offsets for shards of chosen sizes; by default sizes differ by at most one token.
             token_group: defaults to `group`.
-            checked: see the class. The first step of a run is (`Mesh.shard`).
+            checked: the first step of a run is (`Mesh.shard`).
+
+        The rest are attributes of the class.
 
         Raises:
             ValueError: fewer tokens than processes, bounds that do not ascend from 0 to `length`, a process that is
@@ -178,6 +180,10 @@ class SequenceShard:
         """Tokens of this shard."""
         return self.stop - self.start
 
+    def length_of(self, rank: int) -> int:
+        """Tokens of another process's shard."""
+        return self.bounds[rank + 1] - self.bounds[rank]
+
     def labelled(self, layer: str) -> SequenceShard:
         """The same shard, whose motions are counted under `layer`."""
         return replace(self, layer=layer)
@@ -187,15 +193,17 @@ class SequenceShard:
 
         None depends only on values known to every process, so that all processes take the same branches.
         """
-        if self.document_starts is None:
-            return None
-        return _documents_on(self.document_starts, self.start, self.stop, torch.device(device or "cpu"))[0]
+        return self.start_mask_of(self.start, self.stop, device)
 
     def whole_start_mask(self, device: torch.device | str | None = None) -> Tensor | None:
-        """(B or 1, L) bool over the whole sequence, True where a document begins after position 0; None if none."""
+        """(B or 1, L): `start_mask` of the whole sequence."""
+        return self.start_mask_of(0, self.length, device)
+
+    def start_mask_of(self, first: int, last: int, device: torch.device | str | None = None) -> Tensor | None:
+        """(B or 1, last - first): `start_mask` of the global positions [first, last), outside the sequence too."""
         if self.document_starts is None:
             return None
-        return _documents_on(self.document_starts, 0, self.length, torch.device(device or "cpu"))[0]
+        return _documents_on(self.document_starts, first, last, torch.device(device or "cpu"))[0]
 
     def document_begin(self, device: torch.device | str | None = None) -> Tensor:
         """(B or 1, T) int64: the global position at which each token's document begins."""
@@ -264,6 +272,7 @@ def parse_document_starts(value: object, length: int) -> DocumentStarts | None:
 
 
 def check_bounds(bounds: tuple[int, ...], length: int, size: int) -> None:
+    """ValueError unless these are offsets of `size` parts, none empty, of `length` tokens."""
     if length < size:
         raise ValueError(f"a sequence of {length} tokens cannot be split over {size} processes: use at most {length}")
     ascending = all(a < b for a, b in itertools.pairwise(bounds))

@@ -18,6 +18,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ..kernels.wkv4 import EMPTY
+
 
 @dataclass(frozen=True, eq=False)
 class Transition(ABC):
@@ -50,6 +52,13 @@ class Transition(ABC):
     def empty(self, like: Tensor) -> Tensor:
         """The state at the beginning of a document."""
         return torch.zeros_like(like)
+
+    def after(self, entering: Tensor, own: Tensor, tokens: int) -> Tensor:
+        """The state that leaves this stretch of `tokens` tokens, given `own`, the one that it reaches from zero."""
+        moved = self.apply(self.travelling(), tokens, entering)
+        if self.reset is not None:
+            moved = self.forget(moved, ~self.reset.reshape(-1, *([1] * (moved.dim() - 1))))
+        return self.merge(moved, own)
 
     # Gradients travel like states. Classes whose states are scaled representations translate here.
 
@@ -176,7 +185,8 @@ class Dense(Transition):
         return replace(self, matrix_BHNN=self.matrix_BHNN[:, part])
 
 
-NEVER = -1e38  # the exponent of an empty sum: finite, so that differences of exponents never become NaN
+NEVER = EMPTY[2]
+"""The exponent of an empty sum."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ PRELOAD = [
 ]
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
     """Call `function(rank, world_size, *args)` on `world_size` processes; return what they returned, by rank.
 
     `function` must be importable (module level). Results may hold tensors. One rank's failure fails the call with

@@ -1,8 +1,9 @@
 """Sharded checkpoints: every process writes its own part, a manifest written last makes it a checkpoint.
 
-What is saved: parameters and buffers, both moments of the optimiser, and every process's random state, as tensors in
-torch.distributed.checkpoint's (DCP) format; step, tokens and the position in the data's global order in the
-manifest. The learning rate follows from the step. DTensor placements let it be loaded onto any other degrees.
+What is saved: parameters and buffers, both moments of the optimiser of every parameter that is trained, and every
+process's random state, as tensors in torch.distributed.checkpoint's (DCP) format; step, tokens and the position in the
+data's global order in the manifest. The learning rate follows from the step. DTensor placements let it be loaded onto
+any other degrees.
 A model without an optimiser, as an import saves it, has neither moments nor random state, and its manifest says so.
 
 All traffic between processes runs over a gloo group of its own, so that saving may run beside training in a thread:
@@ -11,12 +12,15 @@ on the training's group the two would wait for each other's messages.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +32,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from .checkpoint_policy import LATEST, CheckpointConfig, candidates, prune
+from .checkpoint_tensors import RANDOM, check_fit, model_tensors, optimizer_tensors, trained_in
+from .configuration import ConfigError
 from .dcp_storage import DigestingWriter, RestrictedReader
 from .manifest import (
     MANIFEST_FILE,
@@ -41,10 +47,13 @@ from .manifest import (
 from .optimization import ShardedAdamW, local
 from .random_state import random_state, set_random_state
 from .run_directory import RunDirectory, RunTaken
+from .shared_outcomes import SharedOutcomes, gloo_group
+from .trained_parameters import changed_set
 
+# How long a process may read or write its part while the others wait for it. Torch's own half hour is not enough for
+# 100 GB over 50 MB/s; who is lost closes its connections and is noticed at once.
+TIMEOUT = timedelta(hours=3)
 LONG_WAIT = 1.0  # seconds that training may wait for the checkpoint before without a word
-MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random.rank-"
-ResultT = TypeVar("ResultT")
 
 
 class CheckpointError(Exception):
@@ -64,7 +73,10 @@ class Checkpointer:
         self.run, self.config = run, config
         self.model, self.optimizer = model, optimizer
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.group = gloo_group()
+        self.group = gloo_group(TIMEOUT)
+        as_is = (RunTaken, ConfigError, NoCheckpoint)
+        self._shared = SharedOutcomes(self.group, f"checkpoints of run {run.name}", CheckpointError, as_is)
+        self.written = 0  # how many were
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._staged: dict[str, Tensor] = {}  # kept from save to save: fresh memory costs more than the copy
@@ -103,6 +115,11 @@ class Checkpointer:
             error, self._error = self._error, None
             raise error
 
+    @property
+    def failed(self) -> bool:
+        """Whether the one beside training cannot be written, as far as this process knows; `wait` says why."""
+        return self._error is not None
+
     def take_notes(self) -> list[str]:
         """What a person should know of the checkpoints written so far, a line each, once. The first process has all."""
         taken, self._notes = self._notes, []
@@ -120,27 +137,28 @@ class Checkpointer:
         CheckpointError when the store cannot be reached: that says nothing about a checkpoint.
         """
         rejected: list[str] = []
-        for name in self._from_first(lambda: [found.name for found in candidates(self.run, wanted)]):
+        for name in self._shared.from_first(lambda: [found.name for found in candidates(self.run, wanted)]):
             checkpoint = Checkpoint(self.run, name)
-            shares = self._from_all(lambda checkpoint=checkpoint: checkpoint.problems(self.rank, self.world_size))
-            problems = [problem for share in shares for problem in share]
+            look = partial(checkpoint.problems, self.rank, self.world_size)
+            problems = [problem for share in self._shared.from_all(look) for problem in share]
             if not problems:
-                return checkpoint, self._from_first(checkpoint.read_manifest), rejected
+                return checkpoint, self._shared.from_first(checkpoint.read_manifest), rejected
             rejected.append(rejection(checkpoint, problems))
-        raise NoCheckpoint(self._from_first(lambda: explain_none(self.run, rejected)))
+        raise NoCheckpoint(self._shared.from_first(lambda: explain_none(self.run, rejected)))
 
     def load(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         """Overwrites model, optimiser and random state. Call it with what `find` returned.
 
-        Raises ValueError when it holds another model or not all moments, CheckpointError when it cannot be read.
+        Parameters that were not trained have no moments in it: theirs begin at zero.
+
+        Raises ValueError when it holds another model or no moments, CheckpointError when it cannot be read.
         """
         reader = RestrictedReader(checkpoint.storage)
-        # Zeros are right for moments only where no step has been made.
-        beginning = manifest.weights_only and manifest.step == 0
-        tensors = model_tensors(self.model) if beginning else self._tensors()
         found: list[Mapping[str, Any]] = []
-        self._from_all(lambda: found.append(reader.read_metadata().state_dict_metadata))
+        self._shared.from_all(lambda: found.append(reader.read_metadata().state_dict_metadata))
         (saved,) = found
+        anew = self._without_moments(manifest, saved)
+        tensors = self._tensors(anew)
         check_fit(tensors, saved, checkpoint.name)
         own = f"{RANDOM}{self.rank}"
         stored = saved.get(own)
@@ -154,13 +172,23 @@ class Checkpointer:
         if own in tensors:
             set_random_state(tensors[own])
         if self.optimizer is not None:
-            self.optimizer.steps = manifest.step
-            if beginning:
-                self.optimizer.forget()
+            self.optimizer.resume(manifest.step, manifest.begun, anew)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Everything but random state, as aliases of the live tensors."""
-        return model_tensors(self.model) | optimizer_tensors(self.optimizer)
+    def _without_moments(self, manifest: Manifest, saved: Mapping[str, Any]) -> list[str]:
+        """The trained parameters of which no moments were saved; notes what that means for a run that has begun."""
+        if self.optimizer is None:
+            return []
+        trained = self.optimizer.parameters
+        if manifest.weights_only:
+            # Zeros are right for moments only where no step has been made.
+            return [*trained] if manifest.step == 0 else []
+        before = trained_in(saved)
+        self._notes += changed_set(before, trained, manifest.step)
+        return [name for name in trained if name not in before]
+
+    def _tensors(self, without: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Everything but random state, as aliases of the live tensors; no moments of the parameters `without`."""
+        return model_tensors(self.model) | optimizer_tensors(self.optimizer, without)
 
     def _stage(self, tensors: dict[str, Tensor]) -> None:
         """Copies to host memory, placed like the originals; pinned where they come from a GPU."""
@@ -182,18 +210,29 @@ class Checkpointer:
             self._error = error
 
     def _write(self, tensors: dict[str, Tensor], progress: Manifest) -> None:
-        name = self._from_first(lambda: self._begin(progress.step))
+        name = self._shared.from_first(lambda: self._begin(progress.step))
         checkpoint = Checkpoint(self.run, name)
+        try:
+            self._write_to(checkpoint, tensors, progress)
+        except CheckpointError:
+            if self.rank == 0 and checkpoint.storage.local:
+                with contextlib.suppress(OSError):
+                    checkpoint.remove()  # what does not fit on a full disk should not fill it
+            raise
+        self.written += 1
+
+    def _write_to(self, checkpoint: Checkpoint, tensors: dict[str, Tensor], progress: Manifest) -> None:
         writer = DigestingWriter(checkpoint.storage)
         try:
             save(tensors, storage_writer=writer, process_group=self.group)
         except CheckpointException as error:
-            raise CheckpointError(f"checkpoint {name} was not written ({_first_failure(error)})") from error
+            raise CheckpointError(f"checkpoint {checkpoint.name} was not written ({_first_failure(error)})") from error
         files: dict[str, dict[str, Any]] = {}
-        for written in self._gather(writer.digests()):
+        for written in self._shared.gather(writer.digests()):
             files |= written
-        manifest = replace(progress, files=files, weights_only=self.optimizer is None)
-        self._from_first(lambda: self._commit(checkpoint, manifest))
+        begun = {} if self.optimizer is None else self.optimizer.begun
+        manifest = replace(progress, files=files, weights_only=self.optimizer is None, begun=begun)
+        self._shared.from_first(lambda: self._commit(checkpoint, manifest))
 
     def _begin(self, step: int) -> str:
         self.run.check_owner()
@@ -213,59 +252,6 @@ class Checkpointer:
         except OSError as error:  # this checkpoint is committed all the same
             self._notes.append(f"older checkpoints were not removed ({error}); the next checkpoint tries again")
 
-    def _from_first(self, work: Callable[[], ResultT]) -> ResultT:
-        """What `work` returns on the first process, on all; CheckpointError on all when it fails.
-
-        RunTaken on all when it finds that.
-        """
-        outcome: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = work()
-            except RunTaken as error:
-                outcome[1] = error
-            except Exception as error:
-                outcome[1] = f"checkpoints of run {self.run.name}: {error or type(error).__name__}"
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
-        if isinstance(outcome[1], RunTaken):
-            raise outcome[1]
-        if outcome[1] is not None:
-            raise CheckpointError(outcome[1])
-        return outcome[0]
-
-    def _from_all(self, work: Callable[[], ResultT]) -> list[ResultT]:
-        """What `work` returns on every process, on all; CheckpointError on all when it fails on one."""
-        try:
-            outcome: tuple[Any, str | None] = (work(), None)
-        except Exception as error:
-            outcome = (None, f"process {self.rank}: {error or type(error).__name__}")
-        outcomes = self._gather(outcome)
-        if failures := [failure for _, failure in outcomes if failure]:
-            raise CheckpointError(f"checkpoints of run {self.run.name}: {failures[0]}")
-        return [value for value, _ in outcomes]
-
-    def _gather(self, value: Any) -> list[Any]:
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value, group=self.group)
-        return gathered
-
-
-def gloo_group() -> dist.ProcessGroup:
-    """A new group of all processes for traffic of its own, on the CPU. All processes call it, in the same order."""
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by their name in a checkpoint, as aliases."""
-    return {f"{MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
-
-
-def optimizer_tensors(optimizer: ShardedAdamW | None) -> dict[str, Tensor]:
-    """The optimiser's moments by their name in a checkpoint, as aliases."""
-    return {} if optimizer is None else {f"{OPTIMIZER}{k}": tensor for k, tensor in optimizer.state_dict().items()}
-
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """The weights alone, whole, into a model on this one process; no process group takes part.
@@ -278,23 +264,6 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         load(tensors, storage_reader=reader, no_dist=True)
-
-
-def check_fit(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], name: str) -> None:
-    """ValueError unless the checkpoint holds every one of `tensors` in its shape, and no other parameter."""
-    for key, tensor in tensors.items():
-        stored = saved.get(key)
-        if not isinstance(stored, TensorStorageMetadata):
-            problem = "cannot be trained on" if key.startswith(OPTIMIZER) else "does not fit the model"
-            raise ValueError(f"checkpoint {name} {problem}: it has no {key}")
-        if stored.size != tensor.shape:
-            raise ValueError(
-                f"checkpoint {name} does not fit the model: {key} is {tuple(stored.size)} there and "
-                f"{tuple(tensor.shape)} here"
-            )
-    extra = [key for key in saved if key.startswith(MODEL) and key not in tensors]
-    if extra:
-        raise ValueError(f"checkpoint {name} does not fit the model: the model has no {extra[0]}")
 
 
 def _first_failure(error: CheckpointException) -> str:

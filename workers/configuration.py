@@ -69,7 +69,10 @@ def apply_overrides(tree: Tree, overrides: Sequence[str], expand: Expand | None 
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
+            quote = (
+                "quote what begins with *, as in ['*.bias']" if "*" in text else f"for a text write '{path}=\"{text}\"'"
+            )
+            raise ConfigError(f"override {override!r}: the value is not valid YAML; {quote}") from None
         _put(result, keys, value, override, expand or (lambda path, value: None))
     return result
 
@@ -101,13 +104,15 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
 def unknown_key(path: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
     """The line for a key that does not exist: where one of its name is, the nearest valid name, or all of them."""
     *parents, name = path.split(".")
-    if 0 < len(elsewhere) <= MOST_PLACES:
-        return f"unknown setting {path}; did you mean {' or '.join(elsewhere)}?"
+    section = ".".join(parents)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if nearest:
-        return f"unknown setting {path}; did you mean {'.'.join([*parents, nearest[0]])}?"
-    place = f"{'.'.join(parents)} has" if parents else "the settings are"
-    return f"unknown setting {path}; {place} {', '.join(known) or 'no settings'}"
+    if 0 < len(elsewhere) <= MOST_PLACES:
+        hint, section = f"did you mean {' or '.join(elsewhere)}?", elsewhere[0].rpartition(".")[0]
+    elif nearest:
+        hint = f"did you mean {'.'.join([*parents, nearest[0]])}?"
+    else:
+        hint = f"{f'{section} has' if parents else 'the settings are'} {', '.join(known) or 'no settings'}:"
+    return f"unknown setting {path}; {hint} `{' '.join(filter(None, ['longstride settings', section]))}` explains them"
 
 
 def places(model: type[BaseModel], name: str) -> list[str]:
@@ -116,7 +121,7 @@ def places(model: type[BaseModel], name: str) -> list[str]:
     for key, field in model.model_fields.items():
         if key == name:
             found.append(key)
-        elif (section := _section(field.annotation)) is not None:
+        elif (section := section_of(field.annotation)) is not None:
             found += [f"{key}.{place}" for place in places(section, name)]
     return found
 
@@ -130,15 +135,16 @@ def known_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[st
         field = section.model_fields.get(str(part))
         # Parts that are no field (an index, the name of a union's member) stay within the section.
         if field is not None:
-            section = _section(field.annotation)
+            section = section_of(field.annotation)
     return list(section.model_fields) if section is not None else []
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The class of a section, from the annotation of the field that holds it; None of a single setting."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, dict, tuple, typing.Annotated):
-        return next((found for part in typing.get_args(annotation) if (found := _section(part))), None)
+        return next((found for part in typing.get_args(annotation) if (found := section_of(part))), None)
     return None
 
 

@@ -13,11 +13,14 @@ import os
 import pickle
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
 from .liveness import alive
 from .storage import Storage
@@ -73,6 +76,11 @@ class RestrictedReader(FsspecReader):
     def __init__(self, storage: Storage) -> None:
         super().__init__(storage.url)
         self.fs.fs = storage.fs  # DCP opens its own, with other patience
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        # A file of an object store is read ahead: each step back in it would fetch up to 50 MiB once more.
+        items = sorted(plan.items, key=lambda item: self.storage_data[item.storage_index].offset)
+        return super().read_data(replace(plan, items=items), planner)
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
         alive()  # once for every tensor

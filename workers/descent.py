@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from ..data import CorpusError
 from ..data.credentials import refuse_credentials
 from ..models import ModelConfig, build_model
 from ..parallel import Mesh
@@ -13,11 +15,12 @@ from .checkpoint_policy import LATEST
 from .configuration import ConfigError, apply_overrides, parse_yaml, validate
 from .evaluate import load_sharded
 from .experiment import Experiment
-from .interchange import beginning, from_first
+from .interchange import beginning
 from .launch import create_run
 from .process_group import process_group
 from .run_directory import RunDirectory
-from .run_tokenizer import TOKENIZER_FILE, foreign_corpus
+from .run_tokenizer import foreign_corpus, keep_tokenizer, tokenizer_files
+from .shared_outcomes import SharedOutcomes
 
 
 def descendant(parent: RunDirectory, out: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -40,27 +43,31 @@ def descendant(parent: RunDirectory, out: str, overrides: Sequence[str] = ()) ->
     return experiment
 
 
-def descend(parent: RunDirectory, experiment: Experiment, rank: int = 0, workers: int = 1) -> tuple[RunDirectory, int]:
-    """Makes the experiment's run with a checkpoint of step 0 that holds the newest whole weights of `parent`.
+def descend(
+    parent: RunDirectory, experiment: Experiment, rank: int = 0, workers: int = 1, *, checkpoint: str = LATEST
+) -> tuple[RunDirectory, int, list[str]]:
+    """Makes the experiment's run with a checkpoint of step 0 that holds the weights of a whole checkpoint of `parent`.
 
     Called on each of `workers` processes with its rank, however many the experiment will have; each holds its shards.
-    Returns the run, and the step the parent's weights are of. ValueError of one line as of `create_run`, or there is no
-    such checkpoint; then there is no run.
+    Returns the run, the step the parent's weights are of, and a line for every checkpoint that came first and is
+    broken. `checkpoint`: as of `load_run`. ValueError of one line as of `create_run`, or there is no such checkpoint;
+    then there is no run.
     """
     sharded = [f"parallel.{axis}=auto" for axis in ("data", "sequence", "expert")]
     here = [f"workers={workers}", "data.batch=1", "parallel.replicate=1", "train.accumulate=1", "data.schedule=null"]
     theirs = Experiment.resume(parent, [*here, "train.canonical=0", *sharded])
     with process_group(rank, workers, None, "cpu", None):
         mesh = Mesh(**asdict(theirs.degrees))
-        model, manifest, _ = load_sharded(parent, theirs, mesh, checkpoint=LATEST)
-        run = RunDirectory(from_first(rank, lambda: create_run(experiment).url))
+        model, manifest, notes = load_sharded(parent, theirs, mesh, checkpoint=checkpoint)
+        run = RunDirectory(SharedOutcomes().from_first(lambda: create_run(experiment).url))
         fingerprint = experiment.open_corpus().fingerprint()
         Checkpointer(run, experiment.checkpoint, model).save(beginning(experiment, fingerprint, mesh))
     if rank == 0:
         run.update_info(parents=[parent.url])
-        if parent.storage.exists(TOKENIZER_FILE):
-            run.storage.write_text(TOKENIZER_FILE, parent.storage.read_text(TOKENIZER_FILE))
-    return run, manifest.step
+        with contextlib.suppress(CorpusError):  # it is gone, and its tokenizer was not kept
+            if (tokenizer := tokenizer_files(parent, theirs.data)) is not None:
+                keep_tokenizer(run, tokenizer)
+    return run, manifest.step, notes
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

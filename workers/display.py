@@ -5,12 +5,16 @@ Driven by reported values alone, so that they may come from a process on another
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,7 +31,7 @@ class Display:
     """A Reporter that prints. `console`: where; `clock`: seconds, for the time left."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(file=cast("IO[str]", Unfailing(sys.stdout)), highlight=False)
         self._clock = clock
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -42,8 +46,9 @@ class Display:
         split = f", {degrees}" if degrees else ""
         plural = "process" if start.workers == 1 else "processes"
         self._print(f"run {start.name} in {shorten(start.url)}")
+        part = f" ({start.trained:,} of them trained)" if start.trained < start.parameters else ""
         self._print(
-            f"{start.parameters:,} parameters, {start.dtype}, {start.workers} {plural} on {start.device}{split}; "
+            f"{start.parameters:,} parameters{part}, {start.dtype}, {start.workers} {plural} on {start.device}{split}; "
             f"{shorten(start.corpus)}, {start.batch} x {start.context:,} tokens a step"
         )
         if start.step:
@@ -98,6 +103,39 @@ class Display:
         return (self._clock() - self._began) / max(1, done) * (self._steps - step)
 
 
+class Unfailing:
+    """A text stream that may be lost, as a closed terminal's, a pipe's whose reader has ended, or on a full disk.
+
+    What it does not take is dropped: nobody's training should end for want of a spectator. Where nothing can come back
+    the rest goes to the null device, so that Python's own writing at the end of the process does not fail either.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+
+
 def mesh_name(degrees: dict[str, int]) -> str:
     """data 2 x sequence 4; empty for one process"""
     return " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
@@ -128,11 +166,18 @@ def summary_lines(summary: Summary) -> list[str]:
         f"run:      {run}",
         f"resume:   {command('longstride', 'resume', run)}"
         + (f" train.steps={2 * summary.steps}" if summary.finished else ""),
-        f"generate: {command('longstride', 'generate', run, '--prompt', summary.prompt or 'TEXT')}",
+        f"generate: {generate_command(run, summary.prompt, audio=summary.audio)}",
     ]
     if summary.tracking_uri is not None:
         lines.append(f"MLflow:   {tracking_command(summary.tracking_uri)}")
     return lines
+
+
+def generate_command(run: str, prompt: str = "", *, audio: bool = False) -> str:
+    """How to have a run continue this prompt, where it is text."""
+    return command(
+        "longstride", "generate", run, *(("--out", "sound.wav") if audio else ("--prompt", prompt or "TEXT"))
+    )
 
 
 def tracking_command(uri: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from ..data import Corpus
+from ..data import Corpus, Task
 from ..models import LanguageModel, build_model
 from ..parallel import Mesh
 from .checkpoint import Checkpointer, load_weights
@@ -27,7 +27,6 @@ class TrainedModel:
     """A run's weights after `step`. `notes`: a line for every checkpoint that came first and could not be used."""
 
     model: LanguageModel
-    corpus: Corpus
     step: int
     tokens: int
     notes: list[str] = field(default_factory=list)
@@ -45,7 +44,7 @@ class Evaluation:
 def load_run(
     run: RunDirectory, experiment: Experiment, device: str = "cpu", *, checkpoint: str = LATEST
 ) -> TrainedModel:
-    """The model of one of the run's whole checkpoints, verified, whole on this process.
+    """The model of one of the run's whole checkpoints, verified, whole on this process; no corpus is opened.
 
     Args:
         checkpoint: "latest", "best" or a step, see `candidates`.
@@ -55,7 +54,7 @@ def load_run(
     found, manifest, rejected = first_whole(run, candidates(run, checkpoint))
     model = build_model(experiment.model, seed=experiment.seed, dtype=experiment.train.parameter_dtype, device=device)
     load_weights(found, model)
-    return TrainedModel(model.eval(), experiment.open_corpus(), manifest.step, manifest.tokens, rejected)
+    return TrainedModel(model.eval(), manifest.step, manifest.tokens, rejected)
 
 
 def load_sharded(
@@ -92,12 +91,12 @@ def evaluate(
     Raises ValueError: there is no whole checkpoint, lengths for which there is no model or no data, or a corpus that is
     not written in the run's own tokens.
     """
-    if problem := too_long(experiment) or foreign_corpus(run, experiment):
+    if problem := unfit_lengths(experiment) or foreign_corpus(run, experiment):
         raise ConfigError(problem)
     if experiment.workers == 1:
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
         trained = load_run(run, experiment, name, checkpoint=checkpoint)
-        scores = _scores(trained.model, trained.corpus, experiment, None, progress)
+        scores = _scores(trained.model, experiment.open_corpus(), experiment, None, progress)
         return Evaluation(trained.step, scores, trained.notes)
     with process_group(rank, experiment.workers, None, device, threads) as own_device:
         mesh = Mesh(**asdict(experiment.degrees), device=own_device, strategies=experiment.parallel.strategies)
@@ -106,15 +105,25 @@ def evaluate(
         return Evaluation(manifest.step, scores, rejected)
 
 
-def too_long(experiment: Experiment) -> str | None:
-    """The line for a length that the model is not defined for; None when all are."""
+def unfit_lengths(experiment: Experiment) -> str | None:
+    """The line for a length that the model is not defined for, or of which there is no held-out data; else None."""
     longest = build_model(experiment.model, device="meta").max_length
     key, lengths = "evaluate.lengths", experiment.evaluate.lengths
     if not lengths:
         key, lengths = "data.context", (experiment.data.context,)
-    if longest is None or max(lengths) <= longest:
+    if longest is not None and max(lengths) > longest:
+        return f"{key}: {max(lengths)} exceeds the {longest} positions of the model"
+    corpus = experiment.data.open()
+    if isinstance(corpus, Task):
+        problems = [f"{key}: {length}: {problem}" for length in lengths if (problem := corpus.misfit(length))]
+        return problems[0] if problems else None
+    held_out = max(region.length for region in corpus.regions("validation"))
+    if max(lengths) <= held_out:
         return None
-    return f"{key}: {max(lengths)} exceeds the {longest} positions of the model"
+    return (
+        f"{key}: {max(lengths)} exceeds the {held_out} held-out tokens of data.corpus={experiment.data.corpus}; "
+        f"set evaluate.lengths=[{held_out}] or less, or give a larger data.corpus"
+    )
 
 
 def _scores(

@@ -32,11 +32,13 @@ class Shared(NamedTuple):
 
     Attributes:
         stop: whether any process was asked to stop.
+        unwritten: whether any process found that the checkpoint beside training cannot be written.
         time_is_up: whether the time between checkpoints has passed on the first process's clock.
     """
 
     measures: Measures
     stop: bool
+    unwritten: bool
     time_is_up: bool
 
 
@@ -53,12 +55,13 @@ class StepExchange:
         self._on_gpu = mesh.device == "cuda"
         self._sampler = HostSampler(on_gpu=self._on_gpu)
 
-    def __call__(self, seconds: float, reading: float, *, stop: bool, time_is_up: bool) -> Shared:
+    def __call__(self, seconds: float, reading: float, *, stop: bool, unwritten: bool, time_is_up: bool) -> Shared:
         """`seconds` the step took, of which `reading` were spent waiting for data."""
         memory = torch.cuda.max_memory_allocated() if self._on_gpu else self._process.memory_info().rss
         shares = [self._ledger.seconds_waited / seconds, reading / seconds]
         counts = [float(memory), float(self._ledger.totals().bytes_sent)]
-        own = torch.tensor([*shares, *counts, *self._sampler(), float(stop), float(time_is_up)], dtype=torch.float64)
+        flags = [float(stop), float(unwritten), float(time_is_up)]
+        own = torch.tensor([*shares, *counts, *self._sampler(), *flags], dtype=torch.float64)
         everyone: list[Tensor] = [torch.empty_like(own) for _ in range(self._mesh.world_size)]
         dist.all_gather(everyone, own, group=self._group)
         values = torch.stack(everyone)
@@ -74,4 +77,4 @@ class StepExchange:
             gpu_percent=None if math.isnan(mean[6]) else mean[6],
             gpu_memory=None if math.isinf(highest[7]) else int(highest[7]),
         )
-        return Shared(measures, stop=bool(highest[8]), time_is_up=bool(everyone[0][9]))
+        return Shared(measures, bool(highest[8]), bool(highest[9]), bool(everyone[0][10]))

@@ -34,7 +34,7 @@ from .generate import SampleConfig
 from .manifest import list_checkpoints
 from .optimization import TrainConfig
 from .recovery import RecoveryConfig
-from .run_directory import RunConfig, RunDirectory
+from .run_directory import RunConfig, RunDirectory, code_version
 from .scoring import EvaluateConfig
 from .storage import Storage
 from .tracking import TrackingConfig
@@ -88,8 +88,7 @@ class Experiment(Settings):
         Another `data.corpus` will do with `any_corpus`, where it holds the same tokens (it was moved), and while the
         run has made no step, as after an import.
         """
-        tree = parse_yaml(run.read_experiment(), f"{run.url}/experiment.yaml")
-        before = validate(cls, tree)
+        tree, before = cls._of(run)
         after = validate(cls, _keep_tokens(apply_overrides(tree, overrides), before.data, overrides))
         for key in ("seed", "model", "run.name"):
             if _get(before, key) != _get(after, key):
@@ -102,6 +101,18 @@ class Experiment(Settings):
         # The directory may have moved since the run was made.
         parent = run.url.rsplit("/", 1)[0]
         return after.model_copy(update={"run": RunConfig(directory=parent, name=run.name)})
+
+    @classmethod
+    def _of(cls, run: RunDirectory) -> tuple[Tree, Experiment]:
+        """A run's settings as written, and as understood. ConfigError: they are not, as of a run of another version."""
+        file = f"{run.url}/experiment.yaml"
+        tree = parse_yaml(run.read_experiment(), file)
+        try:
+            return tree, validate(cls, tree)
+        except ConfigError as error:
+            theirs, ours = run.read_info().get("code_version", "an unknown version"), code_version()
+            versions = "" if theirs == ours else f", written by {theirs} (this is {ours})"
+            raise ConfigError(f"{file}{versions}: {error}") from None
 
     def settings(self) -> Tree:
         """All settings as plain values, defaults included; of layers, those of the kinds that the model has.

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from ..data import Corpus, Tokenizer
+from ..data import Corpus, MuLawTokenizer, Tokenizer
+from ..data.mu_law import SILENCE
+from ..data.sources import expand, recording
 from ..models import LanguageModel
 from ..models.block import BlockState
 from ..parallel import Mesh
@@ -31,11 +33,12 @@ READ_AT_ONCE = 8192
 
 
 class SampleConfig(Settings):
-    """How text is sampled.
+    """How text, or sound, is sampled.
 
     Attributes:
-        prompt: text to continue; the beginning of the validation split when not given.
-        tokens: how many to sample.
+        prompt: text to continue; the beginning of the validation split when not given. Of a run on audio, the path or
+            URL of a recording; silence when not given.
+        tokens: how many to sample; a second of sound is as many as the sample rate.
         temperature: 0 takes the likeliest token each time.
         top_k: sample among the k likeliest; 0 among all.
         top_p: sample among the likeliest tokens whose probabilities sum to at least this.
@@ -60,19 +63,36 @@ class Sample:
 
 def sample_text(model: LanguageModel, corpus: Corpus, config: SampleConfig) -> Sample:
     """Continues the prompt. ConfigError: it is empty, not in the corpus's alphabet, or too long for the model."""
-    prompt = prompt_tokens(corpus, config.prompt)
+    prompt = first_tokens(corpus, config.prompt)
     tokens = list(continuation(model, prompt, config, vocabulary=corpus.vocab_size))
     return Sample(corpus.decode(prompt), corpus.decode(tokens))
 
 
-def prompt_tokens(corpus: Corpus, prompt: str | None, tokenizer: Tokenizer | None = None) -> list[int]:
-    """The prompt's token ids, by the corpus's tokenizer or the one given."""
-    if prompt is None:
-        count = min(DEFAULT_PROMPT_TOKENS, corpus.num_tokens("validation"))
-        return [int(token) for token in corpus.read("validation", 0, count)]
+def first_tokens(corpus: Corpus, prompt: str | None) -> list[int]:
+    """Token ids to begin with: the prompt's, or where there is none the first of the corpus's held-out tokens."""
+    if prompt is not None or isinstance(corpus.tokenizer, MuLawTokenizer):
+        return prompt_tokens(corpus.tokenizer, prompt)
+    count = min(DEFAULT_PROMPT_TOKENS, corpus.num_tokens("validation"))
+    return [int(token) for token in corpus.read("validation", 0, count)]
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
+    """The prompt's token ids; of audio those of the recording that it names, of none a sample of silence.
+
+    ConfigError: a text is empty, or a recording more than one file. CorpusError: it cannot be read.
+    """
+    if isinstance(tokenizer, MuLawTokenizer):
+        return _recorded(prompt, tokenizer.sample_rate) if prompt else [SILENCE]
     if not prompt:
         raise ConfigError("sample.prompt is empty; give at least one character")
-    return [int(token) for token in (tokenizer or corpus.tokenizer).encode(prompt)]
+    return [int(token) for token in tokenizer.encode(prompt)]
+
+
+def _recorded(url: str, sample_rate: int) -> list[int]:
+    files = expand([url], "audio")
+    if len(files) > 1:
+        raise ConfigError(f"{url} is {len(files)} files; name one recording to continue")
+    return [level for levels in recording(files[0], sample_rate) for level in levels.tolist()]
 
 
 @contextmanager

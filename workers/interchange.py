@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
-
-from ..data import SubwordTokenizer
+from ..data import CorpusError, TokenizerFiles
 from ..data.credentials import refuse_credentials
+from ..data.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
 from ..models.interchange import load_config, load_into, save_pretrained
 from ..parallel import Mesh
 from .checkpoint import Checkpointer
@@ -22,8 +20,9 @@ from .launch import create_run
 from .manifest import Manifest
 from .process_group import process_group
 from .run_directory import RunDirectory, code_version, timestamp
-from .run_tokenizer import TOKENIZER_FILE
+from .run_tokenizer import keep_tokenizer, other_tokens, tokenizer_files
 from .sharded_model import make_sharded_model
+from .shared_outcomes import SharedOutcomes
 
 
 def imported_experiment(directory: str, out: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -38,13 +37,16 @@ def imported_experiment(directory: str, out: str, overrides: Sequence[str] = ())
     tree = {"model": load_config(directory).model_dump(mode="json"), "run": run}
     experiment = validate(Experiment, apply_overrides(tree, overrides))
     vocabulary, corpus = experiment.model.vocab_size, experiment.data.open()
-    if (path := Path(directory) / TOKENIZER_FILE).is_file():
-        tokenizer = SubwordTokenizer(path.read_text(encoding="utf-8"))
+    if (files := _found_tokenizer(directory)) is not None:
+        tokenizer = files.open()
         if tokenizer.vocab_size > vocabulary:
             raise ConfigError(
-                f"{path} has {tokenizer.vocab_size} token ids and the model {vocabulary}: it is another model's; "
-                "put the model's own there, or remove it"
+                f"{directory}/{TOKENIZER} has {tokenizer.vocab_size} token ids and the model {vocabulary}: it is "
+                "another model's; put the model's own there, or remove it"
             )
+        given = "corpus" in experiment.data.model_fields_set
+        if given and (problem := other_tokens(f"the model in {directory}", tokenizer, directory, corpus)):
+            raise ConfigError(problem)
     if corpus.vocab_size > vocabulary:
         raise ConfigError(
             f"the model in {directory} has {vocabulary} token ids and data.corpus={experiment.data.corpus} "
@@ -65,40 +67,68 @@ def import_run(directory: str, experiment: Experiment, rank: int = 0, *, threads
         mesh = Mesh(**asdict(experiment.degrees))
         model = make_sharded_model(experiment, mesh, filled=False)
         load_into(model, directory)
-        run = from_first(rank, lambda: create_run(experiment).url)
+        run = RunDirectory(SharedOutcomes().from_first(lambda: _create(experiment, directory)))
         corpus = experiment.open_corpus()
-        checkpointer = Checkpointer(RunDirectory(run), experiment.checkpoint, model)
-        checkpointer.save(beginning(experiment, corpus.fingerprint(), mesh))
-    made, tokenizer = RunDirectory(run), Path(directory) / TOKENIZER_FILE
-    if rank == 0 and tokenizer.is_file():
-        made.storage.write_text(TOKENIZER_FILE, tokenizer.read_text(encoding="utf-8"))
-    return made
+        Checkpointer(run, experiment.checkpoint, model).save(beginning(experiment, corpus.fingerprint(), mesh))
+    return run
+
+
+def _create(experiment: Experiment, directory: str) -> str:
+    tokenizer, run = _found_tokenizer(directory), create_run(experiment)
+    if tokenizer is not None:
+        keep_tokenizer(run, tokenizer)
+    return run.url
 
 
 def export_run(
     run: RunDirectory, experiment: Experiment, out: str, layout: str, rank: int = 0, *, checkpoint: str = LATEST
 ) -> tuple[int, list[str]]:
-    """Writes a whole checkpoint's weights to the directory `out`.
+    """Writes a whole checkpoint's weights to the directory `out`, and the run's tokenizer.
 
-    Returns their step, and a line for every checkpoint that came first and is broken. `checkpoint`: as of `load_run`.
+    Returns their step, and a line for every checkpoint that came first and is broken, and for a tokenizer that is not
+    to be had. `checkpoint`: as of `load_run`.
     Called on each of the experiment's workers; the first one writes, and no process holds the whole model if there are
     several. Raises ValueError, in one line: see `save_pretrained`, where there is no checkpoint, and for a URL.
     """
     if "://" in refuse_credentials("OUT", out):
         raise ConfigError(f"OUT={out} is a URL: give a folder of this machine, and copy it from there")
+    tokenizer, without = _exported_tokenizer(run, experiment) if rank == 0 else (None, [])
+    end = tokenizer.open().separator if tokenizer is not None else -1
+    token_ids = {"eos_token_id": end if end >= 0 else None} if tokenizer is not None else {}
     if experiment.workers == 1:
         trained = load_run(run, experiment, checkpoint=checkpoint)
-        save_pretrained(trained.model, out, layout=layout)
+        save_pretrained(trained.model, out, layout=layout, token_ids=token_ids)
         step, notes = trained.step, trained.notes
     else:
         with process_group(rank, experiment.workers, None, "cpu", None):
             mesh = Mesh(**asdict(experiment.degrees))
             model, manifest, notes = load_sharded(run, experiment, mesh, checkpoint=checkpoint)
-            save_pretrained(model, out, layout=layout)
+            save_pretrained(model, out, layout=layout, token_ids=token_ids)
             step = manifest.step
-    if rank == 0 and run.storage.exists(TOKENIZER_FILE):
-        (Path(out) / TOKENIZER_FILE).write_text(run.storage.read_text(TOKENIZER_FILE), encoding="utf-8")
-    return step, notes
+    if tokenizer is not None:
+        (Path(out) / TOKENIZER).write_text(tokenizer.tokenizer, encoding="utf-8")
+        (Path(out) / TOKENIZER_CONFIG).write_text(tokenizer.config, encoding="utf-8")
+    return step, [*notes, *without]
+
+
+def _exported_tokenizer(run: RunDirectory, experiment: Experiment) -> tuple[TokenizerFiles | None, list[str]]:
+    """The run's tokenizer, or why there is none where there should be one."""
+    try:
+        return tokenizer_files(run, experiment.data), []
+    except CorpusError as error:
+        return None, [f"without a {TOKENIZER}: {error}"]
+
+
+def _found_tokenizer(directory: str) -> TokenizerFiles | None:
+    """The tokenizer beside a checkpoint, if there is one. ConfigError: its files are damaged."""
+    try:
+        return TokenizerFiles.found(lambda name: _text(Path(directory) / name))
+    except ValueError as error:
+        raise ConfigError(f"{directory}/{TOKENIZER} cannot be used: {error}; mend it, or remove it") from None
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def beginning(experiment: Experiment, corpus: str, mesh: Mesh) -> Manifest:
@@ -107,17 +137,3 @@ def beginning(experiment: Experiment, corpus: str, mesh: Mesh) -> Manifest:
     data = {"context": experiment.data.context, "batch": experiment.data.batch, "corpus": corpus}
     written = {"created": timestamp(), "code_version": code_version(), "files": {}}
     return Manifest(**counts, **data, **written, world_size=mesh.world_size, parallel=asdict(mesh.degrees))
-
-
-def from_first(rank: int, work: Any) -> Any:
-    """What `work` returns on the first process, on all; its ValueError too."""
-    outcome: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            outcome[0] = work()
-        except ValueError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise ConfigError(outcome[1])
-    return outcome[0]

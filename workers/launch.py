@@ -13,13 +13,13 @@ from dataclasses import asdict
 
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-from ..data import Stage
+from ..data import MuLawTokenizer, Stage
 from ..models import build_model
 from ..parallel import Mesh
 from .configuration import ConfigError
 from .evaluate import load_run
 from .experiment import Experiment
-from .generate import Sample, check_length, prompt_tokens, sample_text
+from .generate import Sample, check_length, first_tokens, sample_text
 from .manifest import explain_none, list_checkpoints
 from .process_group import process_group
 from .reporting import Reporter, Silent, Summary
@@ -27,6 +27,7 @@ from .run_directory import RunDirectory, code_version
 from .run_tokenizer import foreign_corpus
 from .stages import train_stages
 from .tracking import MlflowSink, Tracker, tracking_uri
+from .trained_parameters import rate_multiples
 from .trainer import Trainer
 
 
@@ -56,15 +57,16 @@ def reopen_run(run: RunDirectory, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def check(experiment: Experiment) -> None:
-    """ValueError of one line for what the settings alone do not show: data, vocabulary, lengths, prompt."""
+    """ValueError of one line for what the settings alone do not show: data, vocabulary, lengths, prompt, names."""
     longest = check_lengths(experiment)
+    rate_multiples(build_model(experiment.model, device="meta"), experiment.train)
     for stage in experiment.stages:
         now = experiment.at(stage)
         corpus = now.open_corpus()
         now.data.training(corpus, seed=now.seed).close()
         now.data.validation(corpus)
     corpus = experiment.open_corpus()
-    check_length(longest, len(prompt_tokens(corpus, experiment.sample.prompt)), experiment.sample)
+    check_length(longest, len(first_tokens(corpus, experiment.sample.prompt)), experiment.sample)
 
 
 def check_lengths(experiment: Experiment) -> int | None:
@@ -136,7 +138,9 @@ def train_process(
             left_behind = tracker.close(status, experiment.tracking.patience)
     if rank != 0:
         return None
-    sample = _sample(directory, experiment) if status == "FINISHED" else Sample(experiment.sample.prompt or "", "")
+    audio = isinstance(trainer.corpus.tokenizer, MuLawTokenizer)
+    printed = status == "FINISHED" and not audio
+    sample = _sample(directory, experiment) if printed else Sample(experiment.sample.prompt or "", "")
     summary = Summary(
         name=directory.name,
         url=directory.url,
@@ -151,6 +155,7 @@ def train_process(
         sample=sample.text,
         tracking_uri=tracking_uri(experiment.tracking, directory) if experiment.tracking.enabled else None,
         notes=[left_behind] if left_behind else [],
+        audio=audio,
     )
     reporter.finished(summary)
     return summary
@@ -162,9 +167,9 @@ def _nest(node_size: int, sequence: int) -> bool:
 
 
 def _tracker(experiment: Experiment, run: RunDirectory) -> Tracker:
-    return Tracker(run, MlflowSink(run, experiment.tracking, experiment.settings(), code_version(), training=True))
+    sink = MlflowSink(run, experiment.tracking, experiment.settings(), code_version(), training=True)
+    return Tracker(run, sink, every=experiment.tracking.every)
 
 
 def _sample(run: RunDirectory, experiment: Experiment) -> Sample:
-    trained = load_run(run, experiment)
-    return sample_text(trained.model, trained.corpus, experiment.sample)
+    return sample_text(load_run(run, experiment).model, experiment.open_corpus(), experiment.sample)

@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .dcp_storage import digest_file
@@ -46,6 +46,7 @@ class Manifest:
         files: by name, {"bytes", "sha256"}.
         validation_loss: of the model in it, nats per token; None where it was not measured after this step.
         weights_only: parameters and buffers are all that it holds, as after an import.
+        begun: of the trained parameters that were frozen at first, by name, the step after which their moments began.
     """
 
     step: int
@@ -61,6 +62,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     validation_loss: float | None = None
     weights_only: bool = False
+    begun: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         values = asdict(self)
@@ -75,12 +77,22 @@ class Manifest:
             values = json.loads(text)
             if values.pop("format") != _FORMAT:
                 raise ValueError("manifest.json has an unknown format; it was written by a newer version")
-            manifest = cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+            manifest = cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
             if outside := [name for name in manifest.files if name != os.path.basename(name)]:  # noqa: PTH119
                 raise ValueError(f"manifest.json names a file outside of the checkpoint, {outside[0]}")
             return manifest
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError):
             raise ValueError("manifest.json is damaged") from None
+
+    def resume_position(self, context: int, batch: int) -> int:
+        """The step of the data's global order to go on with, in sequences of `context` tokens, `batch` a step.
+
+        With the same context the order is the same: the next sequence that was not seen, rounded up to a whole batch.
+        Another context has another order: as many tokens into it as were trained on.
+        """
+        if context == self.context:
+            return -(-self.position * self.batch // batch)
+        return -(-self.tokens // (context * batch))
 
 
 class Checkpoint:

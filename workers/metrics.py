@@ -2,6 +2,11 @@
 
 `metrics.jsonl` in the run directory holds one JSON object a step and is the truth: the live display and MLflow
 only mirror it. A step is in it once; a resumed run first takes back what was recorded after its checkpoint.
+
+An object store has no append: there the newest file is written again and again, and once it is long another begins, so
+that what is written in all grows with the log and not with its square:
+
+    metrics.jsonl  metrics-0001.jsonl  metrics-0002.jsonl ...     read one after the other they are the log
 """
 
 from __future__ import annotations
@@ -10,21 +15,26 @@ import contextlib
 import json
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .storage import Storage, StorageError
+from .storage import Storage
 
 METRICS_FILE = "metrics.jsonl"
 
-# An object store has no append. The whole object is written again, at most this often (seconds) and with the
-# writing kept to this share of the time, by which a long log is sent less often than a short one.
+# On an object store: the length at which a file is followed by another, and how often the newest is written (seconds),
+# with the writing kept to this share of the time.
+FILE_BYTES = 256 << 10
 REWRITE_INTERVAL = 10.0
 REWRITE_SHARE = 0.05
+READERS = 16  # files read side by side
+_NAME = re.compile(r"metrics(?:-(\d{4,}))?\.jsonl")
 
 # A backward pass takes twice the operations of a forward pass.
 PASSES = 3
@@ -51,7 +61,7 @@ class StepRecord:
         seconds: wall time of the step, validation and checkpoints not counted.
         bytes_sent: by the motions that split sequences and experts, all processes together.
         auxiliary_loss: what the model adds to the cross-entropy to balance its experts.
-        time: when the step ended, seconds since 1970.
+        time: when the step ended, seconds since 1970; it grows from record to record whatever the system's clock does.
         start: which start of the run made the step, its place among "starts" in run.json.
         rewinds: how often that start had gone back to a checkpoint before it.
         cpu_percent: how busy the hosts' cores are, whoever uses them: mean over processes; the four from here on are
@@ -60,7 +70,10 @@ class StepRecord:
         gpu_percent: how busy the GPUs are, mean; gpu_memory: bytes in use on the fullest. None without a GPU, the first
             also without NVML's Python package (nvidia-ml-py).
         flops_per_second: the model's operations in this step, over its seconds, all processes together: forward and
-            backward, what is recomputed not counted. None in records of older versions.
+            backward, what is recomputed not counted. None, as the three that follow, in records of older versions.
+        pause: seconds between the step before and this one, for validation, a checkpoint's copy, a rollback, the log;
+            0 for the first of a start.
+        context: tokens of a sequence. epochs: tokens trained on, over those of the corpus's training part.
     """
 
     step: int
@@ -84,6 +97,9 @@ class StepRecord:
     gpu_percent: float | None = None
     gpu_memory: int | None = None
     flops_per_second: float | None = None
+    pause: float | None = None
+    context: int | None = None
+    epochs: float | None = None
 
     @property
     def order(self) -> Order:
@@ -105,38 +121,48 @@ class StepRecord:
 
 
 class MetricsLog:
-    """Append-only log of step records in a run directory. One writer (rank 0); readers at any time."""
+    """Log of step records in a run directory. One writer (rank 0); readers at any time."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._lock = threading.Lock()
-        self._lines: list[str] | None = None  # the whole content, kept only where appending means rewriting
-        self._unwritten = False
+        self._writing = threading.Lock()
+        self._unwritten: list[str] = []
+        self._name = ""  # of the newest file; known once something was written
+        self._lines: list[str] = []  # that it has, where appending means rewriting
         self._next_rewrite = 0.0
+        self._thread: threading.Thread | None = None
+        self._failing, self._note = False, ""
+        self._latest = 0.0  # time of a record
 
-    def append(self, record: StepRecord) -> None:
-        """Adds a line. It is in the file at once on a file system, within seconds on an object store.
-
-        A store that fails now is given the line later; `flush` insists.
+    def now(self) -> float:
+        """Seconds since 1970, later than the times of all records before it, also where the clock was put back: of two
+        points of a step in MLflow the later counts.
         """
-        with self._lock:
-            if self._storage.local:
-                with Path(self._storage.path(METRICS_FILE)).open("a", encoding="utf-8") as stream:
-                    stream.write(record.to_json() + "\n")
-                return
-            self._content().append(record.to_json())
-            self._unwritten = True
-            if time.monotonic() >= self._next_rewrite:
-                with contextlib.suppress(StorageError):
-                    self._rewrite()
+        self._latest = max(time.time(), self._latest + 0.001)
+        return self._latest
+
+    def append(self, record: StepRecord) -> str | None:
+        """Adds a line. It is in the file at once on a file system. To an object store it is written beside training,
+        within seconds.
+
+        A store that fails now, or a full disk, is given the line later; `flush` insists. Returns a line for the person
+        when that begins, and when the log is complete again.
+        """
+        self._unwritten.append(record.to_json())
+        if self._storage.local:
+            self._try_to_write()
+        elif time.monotonic() >= self._next_rewrite and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._try_to_write, name="metrics", daemon=True)
+            self._thread.start()
+        note, self._note = self._note, ""
+        return note or None
 
     def flush(self) -> None:
         """Everything appended so far is durable when this returns."""
-        with self._lock:
-            if self._unwritten:
-                self._rewrite()
-            if self._storage.local and self._storage.exists(METRICS_FILE):
-                descriptor = os.open(self._storage.path(METRICS_FILE), os.O_RDONLY)
+        with self._writing:
+            self._write()
+            if self._storage.local and self._name:
+                descriptor = os.open(self._storage.path(self._name), os.O_RDONLY)
                 try:
                     os.fsync(descriptor)
                 finally:
@@ -144,41 +170,122 @@ class MetricsLog:
 
     def rewind(self, step: int) -> int:
         """Takes back records after `step` and anything torn; returns how many complete records went."""
-        with self._lock:
-            records = list(read_records(self._storage))
-            kept = [record for record in records if record.step <= step]
-            lines = [record.to_json() for record in kept]
-            if self._storage.exists(METRICS_FILE):
-                self._storage.write_text(METRICS_FILE, "".join(line + "\n" for line in lines))
-            self._lines = None if self._storage.local else lines
-            return len(records) - len(kept)
+        with self._writing:
+            self._unwritten.clear()
+            self._name, self._lines = "", []
+            names, gone = log_files(self._storage), 0
+            for name in reversed(names):  # so that what is left of an interruption is a log
+                text = self._storage.read_text(name)
+                found = list(_complete(text))
+                kept = [line for line, record in found if record.step <= step]
+                gone += len(found) - len(kept)
+                self._latest = max(self._latest, *(record.time for _, record in found), 0.0)
+                if not kept and name != names[0]:
+                    self._storage.remove(name)
+                    continue
+                if (left := "".join(f"{line}\n" for line in kept)) != text:
+                    self._storage.write_text(name, left)
+                break
+            return gone
 
-    def _content(self) -> list[str]:
-        if self._lines is None:
-            self._lines = [record.to_json() for record in read_records(self._storage)]
-        return self._lines
+    def _try_to_write(self) -> None:
+        with self._writing:
+            before = self._failing
+            try:
+                self._write()
+            except OSError as error:
+                self._failing = True
+                cause = error.strerror or str(error)
+                if not before:
+                    self._note = f"{METRICS_FILE} takes no lines ({cause}); they are kept, and tried again"
+            else:
+                self._failing = False
+                if before:
+                    self._note = f"{METRICS_FILE} has all lines again"
 
-    def _rewrite(self) -> None:
-        began = time.monotonic()
+    def _write(self) -> None:
+        if not self._unwritten:
+            return
+        began, count = time.monotonic(), len(self._unwritten)  # training may append meanwhile
         try:
-            self._storage.write_text(METRICS_FILE, "".join(line + "\n" for line in self._content()))
-            self._unwritten = False
+            if not self._name:
+                self._find_end()
+            if self._storage.local:
+                self._extend(self._unwritten[:count])
+            else:
+                self._rewrite(self._unwritten[:count])
+            del self._unwritten[:count]
         finally:
             now = time.monotonic()
             self._next_rewrite = now + max(REWRITE_INTERVAL, (now - began) / REWRITE_SHARE)
 
+    def _find_end(self) -> None:
+        """Of a log that may be there: by an earlier process, or fetched from an object store."""
+        names = log_files(self._storage)
+        if names and not self._storage.local:
+            self._lines = [line for line, _ in _complete(self._storage.read_text(names[-1]))]
+        self._name = names[-1] if names else METRICS_FILE
+
+    def _extend(self, lines: list[str]) -> None:
+        """All lines or none: half a line would end the log for its readers."""
+        left = memoryview("".join(line + "\n" for line in lines).encode())
+        with Path(self._storage.path(self._name)).open("ab", buffering=0) as stream:
+            end = stream.seek(0, os.SEEK_END)
+            try:
+                while left:
+                    left = left[stream.write(left) :]
+            except OSError:
+                stream.truncate(end)
+                raise
+
+    def _rewrite(self, lines: list[str]) -> None:
+        if sum(map(len, self._lines)) >= FILE_BYTES:
+            number = _number(self._name)
+            assert number is not None
+            self._name, self._lines = f"metrics-{number + 1:04d}.jsonl", []
+        lines = [*self._lines, *lines]
+        self._storage.write_text(self._name, "".join(line + "\n" for line in lines))
+        self._lines = lines
+
+
+def log_files(storage: Storage) -> list[str]:
+    """The names of the files of a run's log, oldest first."""
+    numbers = {name: _number(name) for name in storage.files()}
+    return sorted((name for name, number in numbers.items() if number is not None), key=lambda name: numbers[name] or 0)
+
 
 def read_records(storage: Storage, after: int = 0) -> Iterator[StepRecord]:
     """Records with step > `after`, in order. A line cut short by a crash ends the log."""
-    if not storage.exists(METRICS_FILE):
-        return
-    for line in storage.read_text(METRICS_FILE).splitlines():
+    for text in _read_files(storage):
+        lines = 0
+        for _, record in _complete(text):
+            lines += 1
+            if record.step > after:
+                yield record
+        if lines < text.count("\n"):
+            return
+
+
+def _read_files(storage: Storage) -> Iterator[str]:
+    """The files of a log, one after the other; those that are taken back meanwhile are not."""
+    names = log_files(storage)
+    with contextlib.suppress(FileNotFoundError), ThreadPoolExecutor(READERS) as pool:
+        yield from pool.map(storage.read_text, names) if len(names) > 1 else map(storage.read_text, names)
+
+
+def _complete(text: str) -> Iterator[tuple[str, StepRecord]]:
+    """The lines of a file with their records, up to one that was cut short."""
+    for line in text.splitlines():
         try:
-            record = StepRecord.from_dict(json.loads(line))
+            yield line, StepRecord.from_dict(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError):
             return
-        if record.step > after:
-            yield record
+
+
+def _number(name: str) -> int | None:
+    """Which of a log's files has the name; None: it is another's."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1] or 0)
 
 
 def _finite(value: Any) -> Any:

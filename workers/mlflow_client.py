@@ -39,6 +39,8 @@ METRICS = (
     "validation_loss",
     "auxiliary_loss",
     "tokens",
+    "epochs",
+    "context",
     "tokens_per_second",
     "flops_per_second",
     "wait_share",
@@ -48,6 +50,7 @@ METRICS = (
     "learning_rate",
     "grad_norm",
     "seconds",
+    "pause",
 )
 # By MLflow's names, which its pages show as system metrics; megabytes there.
 SYSTEM_METRICS = {
@@ -123,6 +126,11 @@ def sent_until(found: Run) -> Order:
     return int(start), int(rewinds), int(step)
 
 
+def steps(client: MlflowClient, run_id: str) -> set[int]:
+    """Those of which a run of MLflow's has a point."""
+    return {point.step for point in client.get_metric_history(run_id, "loss")}
+
+
 def log_records(
     client: MlflowClient, run_id: str, records: list[StepRecord], tags: Mapping[str, str] | None = None
 ) -> None:
@@ -196,10 +204,10 @@ def training_curves(records: list[StepRecord]) -> Figure:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys."""
+    """Nested settings as dotted keys. A mapping from other things is a value: MLflow takes no patterns for names."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value and all(name.isidentifier() for name in value):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

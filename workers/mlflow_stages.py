@@ -14,7 +14,7 @@ from mlflow.entities import Param, Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from .metrics import NOTHING, Order, StepRecord, read_records
-from .mlflow_client import flatten, log_records, sent_until
+from .mlflow_client import flatten, log_records, sent_until, steps
 from .run_directory import RunDirectory
 
 START_TAG = "longstride.start"
@@ -23,10 +23,18 @@ _KEYS = ("context", "batch", "workers", "parallel")
 
 
 class StageRuns:
-    """The children of `parent`; `scheduled`: the run's context grows, so that its first start is not alone."""
+    """The children of `parent`.
 
-    def __init__(self, client: MlflowClient, run: RunDirectory, parent: Run, *, scheduled: bool) -> None:
-        self._client, self._run, self._parent, self._scheduled = client, run, parent, scheduled
+    Args:
+        scheduled: the run's context grows, so that its first start is not alone.
+        thinned: the parent is not sent every step, and neither are they.
+    """
+
+    def __init__(
+        self, client: MlflowClient, run: RunDirectory, parent: Run, *, scheduled: bool, thinned: bool = False
+    ) -> None:
+        self._client, self._run, self._parent = client, run, parent
+        self._scheduled, self._thinned = scheduled, thinned
         query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.info.run_id}'"
         found = client.search_runs([parent.info.experiment_id], query)
         self._ids = {int(child.data.tags[START_TAG]): child.info.run_id for child in found}
@@ -40,8 +48,7 @@ class StageRuns:
         if not starts or (len(starts) < 2 and not self._scheduled):
             return
         if not self._filled:
-            first = records[0].order
-            records = [record for record in read_records(self._run.storage) if record.order < first] + records
+            records = self._sent_before(records[0].order) + records
         parts: dict[int, list[StepRecord]] = {}
         for record in records:
             if record.order > self._sent.get(record.start, NOTHING):
@@ -55,6 +62,14 @@ class StageRuns:
                 log_records(self._client, child, part)
                 self._sent[index] = part[-1].order
         self._filled = True
+
+    def _sent_before(self, first: Order) -> list[StepRecord]:
+        """The records before `first` that the parent has."""
+        earlier = [record for record in read_records(self._run.storage) if record.order < first]
+        if not self._thinned:
+            return earlier
+        known = steps(self._client, self._parent.info.run_id)
+        return [record for record in earlier if record.step in known]
 
     def finish(self, status: str) -> None:
         """End the children that are open."""

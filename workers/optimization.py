@@ -8,7 +8,8 @@ final_fraction`. The rate is a function of the step alone, so a resumed run need
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -16,8 +17,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from ..models.parameters import learning_rates, weight_decayed
+from ..models.parameters import weight_decayed
 from .configuration import Settings
+from .trained_parameters import rate_multiples
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -33,9 +35,13 @@ class TrainConfig(Settings):
         warmup: steps of linear warm-up.
         stable: steps after it at `learning_rate`.
         decay: the shape of the way down.
-        weight_decay: AdamW's, on the parameters that declare it: matrices, not norms, biases or state-space parameters.
+        weight_decay: AdamW's, on what declares it: matrices, not norms, biases, state-space parameters or filters.
         betas: AdamW's moment decays.
         epsilon: AdamW's.
+        rates: multiples of the learning rate by pattern of parameters' names, as "*.filter.*": 0.1; the last pattern
+            that matches counts, and 0 means that they are not trained.
+        freeze: patterns of the names of parameters that are not trained, as "embedding.*" or "blocks.[0-3].*", whatever
+            `rates` says: no gradient, no moments, no decay.
         clip: largest global gradient norm; 0 means no clipping.
         accumulate: parts, of as many sequences each, in which a process computes its sequences of a step one after the
             other: the same step in less memory, with every message sent for each part.
@@ -55,6 +61,8 @@ class TrainConfig(Settings):
     weight_decay: float = Field(default=0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = Field(default=1e-8, gt=0)
+    rates: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
     clip: float = Field(default=1.0, ge=0)
     accumulate: int = Field(default=1, ge=1)
     validate_every: int = Field(default=0, ge=0)
@@ -104,16 +112,24 @@ class ShardedAdamW:
     plain local tensors, several times faster than dispatching every operation through DTensor. Moments are wrapped
     again with their parameter's placements for checkpoints, which can then be loaded onto other degrees.
 
-    Make it after sharding, from the parameters that will be stepped. Parameters without a gradient are left alone.
+    Make it after sharding, from the parameters that will be stepped. Parameters without a gradient are left alone, and
+    those that are not trained have no moments.
+
+    Attributes:
+        steps: made so far.
+        parameters: those that are trained, by name.
+        begun: of the parameters whose moments are younger than the run, the step after which they began.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.config = config
         self.steps = 0
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.begun: dict[str, int] = {}
+        self._decayed, self._multiples = weight_decayed(model), rate_multiples(model, config)
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        self.parameters = {name: p for name, p in trained if self._multiples[name]}
         self._exp_avg = {name: torch.zeros_like(local(p)) for name, p in self.parameters.items()}
         self._exp_avg_sq = {name: torch.zeros_like(local(p)) for name, p in self.parameters.items()}
-        self._decayed, self._multiples = weight_decayed(model), learning_rates(model)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -122,15 +138,28 @@ class ShardedAdamW:
         for name, parameter in self.parameters.items():
             # A process may hold no element of a small parameter.
             if parameter.grad is not None and local(parameter).numel() > 0:
-                groups.setdefault((name in self._decayed, self._multiples.get(name, 1.0)), []).append(name)
+                groups.setdefault((name in self._decayed, self._multiples[name]), []).append(name)
         for (decayed, multiple), names in groups.items():
             self._update(names, rate * multiple, self.config.weight_decay if decayed else 0.0)
         self.steps += 1
 
-    def forget(self) -> None:
-        """Moments of zero, as before the first step."""
-        for moment in (*self._exp_avg.values(), *self._exp_avg_sq.values()):
-            moment.zero_()
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters, all processes together."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def resume(self, steps: int, begun: Mapping[str, int], anew: Iterable[str] = ()) -> None:
+        """Go on after `steps` steps with the moments that were put in, but for those of `anew`, which begin at zero.
+
+        `begun`: what it was when the moments were saved.
+        """
+        self.steps = steps
+        self.begun = {name: step for name, step in begun.items() if name in self.parameters}
+        for name in anew:
+            self._exp_avg[name].zero_()
+            self._exp_avg_sq[name].zero_()
+            if steps:
+                self.begun[name] = steps
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
@@ -140,8 +169,9 @@ class ShardedAdamW:
         """Moments by name, placed as their parameters are. The tensors alias the optimiser's own."""
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self.parameters.items():
-            tensors[f"exp_avg.{name}"] = like(self._exp_avg[name], parameter)
-            tensors[f"exp_avg_sq.{name}"] = like(self._exp_avg_sq[name], parameter)
+            first, second = moment_names(name)
+            tensors[first] = like(self._exp_avg[name], parameter)
+            tensors[second] = like(self._exp_avg_sq[name], parameter)
         return tensors
 
     def _update(self, names: list[str], rate: float, weight_decay: float) -> None:
@@ -149,6 +179,8 @@ class ShardedAdamW:
         parameters = [local(self.parameters[name]) for name in names]
         # the fused kernel reads its step counts where it runs
         steps = torch.full((len(names),), float(self.steps), device=parameters[0].device)
+        if self.begun:
+            steps -= torch.tensor([self.begun.get(name, 0) for name in names], device=steps.device)
         adamw(
             parameters,
             [local(gradient) for gradient in gradients if gradient is not None],
@@ -165,6 +197,11 @@ class ShardedAdamW:
             eps=self.config.epsilon,
             maximize=False,
         )
+
+
+def moment_names(parameter: str) -> tuple[str, str]:
+    """What the two moments of a parameter of this name are called."""
+    return f"exp_avg.{parameter}", f"exp_avg_sq.{parameter}"
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import _world
 
 # A process that waits longer than this for another gives up.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -33,6 +34,17 @@ def process_group(
         yield name
     finally:
         dist.destroy_process_group()
+
+
+def leave_groups() -> None:
+    """Ends all groups but the one of all processes, once no process needs them any more; all call it.
+
+    Nothing else ends them: each keeps threads and open files, on GPUs memory too, for as long as its process lives.
+    """
+    dist.barrier()
+    for group in list(_world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _local_gpu() -> int:

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from .configuration import Settings
 from .metrics import read_records
 from .run_directory import RunDirectory, timestamp
+from .shared_outcomes import SharedOutcomes
 
 SKIPPED_KEY = "skipped_batches"
 # The steps whose median loss a spike is measured against, and how many of them there must be.
@@ -39,10 +40,12 @@ class RecoveryConfig(Settings):
     """When a run goes on by itself, and how.
 
     Attributes:
-        max_failures: failures in a row, with no new checkpoint between them, that are recovered from; 0: none.
+        max_failures: failures in a row, with no new checkpoint between them, that are recovered from; 0: none. As many
+            checkpoints in a row may fail to be written while training goes on.
         hang_seconds: a run on Ray that makes no step for so long, and does not get on with anything else either
             (restoring, verifying or saving a checkpoint, validating), is taken to hang and started again; 0: never.
-        wait_seconds: how long a run on Ray waits for devices that are missing or busy.
+        wait_seconds: how long a run on Ray waits for devices that are missing or busy, or for a store that it cannot
+            reach; and how long any run stands still to write its last checkpoint, or one after too many failures.
         bad_loss: when the loss or the gradient is no number, or the loss a spike: "rollback" to the last checkpoint
             and past the batch; "skip" the batch, as the weights have not seen it; or "stop".
         spike: a loss above this many times the median of the last 50 steps is bad; 0: only one that is no number.
@@ -60,6 +63,21 @@ class RecoveryConfig(Settings):
         if 0 < spike <= 1:
             raise ValueError(f"recovery.spike={spike} would call ordinary losses bad; take more than 1, or 0 for none")
         return spike
+
+
+class FailedCheckpoints:
+    """Bears checkpoints that cannot be written, as on a full disk: each costs a run nothing but itself."""
+
+    def __init__(self, config: RecoveryConfig) -> None:
+        self._most, self._count, self._written = config.max_failures, 0, 0
+
+    def bear(self, error: Exception, written: int) -> str | None:
+        """The line about one, after `written` good ones; None: there were too many in a row."""
+        self._count = self._count + 1 if written == self._written else 1
+        self._written = written
+        if self._count > self._most:
+            return None
+        return f"{error}; training goes on, and the next tries again (failure {self._count} of {self._most} in a row)"
 
 
 class LossGuard:
@@ -108,13 +126,12 @@ class BadBatches:
 
         The first process reads; all call it.
         """
-        known: list[object] = [None, None]
-        if dist.get_rank() == 0:
-            known[0] = skipped_positions(self.run, self.context, self.batch)
-            known[1] = [record.loss for record in read_records(self.run.storage) if record.step <= step]
-        dist.broadcast_object_list(known, src=0, group=self._group)
-        skipped, losses = known
-        assert isinstance(skipped, set) and isinstance(losses, list)
+
+        def known() -> tuple[set[int], list[float]]:
+            losses = [record.loss for record in read_records(self.run.storage) if record.step <= step]
+            return skipped_positions(self.run, self.context, self.batch), losses
+
+        skipped, losses = SharedOutcomes(self._group).from_first(known)
         self._skipped, self.guard = skipped, LossGuard(self.config, losses)
 
     def progressed(self) -> None:

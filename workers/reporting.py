@@ -14,6 +14,7 @@ class RunStart:
 
     Attributes:
         step: steps finished already; steps: how many there will be; until: with which the stage of this context ends.
+        parameters: of the model; trained: those that are not frozen.
         parallel: degrees by name.
     """
 
@@ -23,6 +24,7 @@ class RunStart:
     steps: int
     until: int
     parameters: int
+    trained: int
     corpus: str
     context: int
     batch: int
@@ -41,9 +43,10 @@ class Summary:
         finished: all steps were made; otherwise it was asked to stop and can be resumed.
         validation_loss: nats per token after the last step; None where the run stopped before a validation.
         seconds: wall time of this start, from the making of the model to the end of the last step.
-        prompt, sample: the sampled continuation; empty where the run was stopped.
+        prompt, sample: the sampled continuation; empty where the run was stopped, and of a run on audio.
         tracking_uri: of the MLflow store; None where nothing was tracked.
         notes: what a person should know, a line each.
+        audio: the run's tokens are samples of sound, which is not printed.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Summary:
     sample: str = ""
     tracking_uri: str | None = None
     notes: list[str] = field(default_factory=list)
+    audio: bool = False
 
 
 class Reporter(Protocol):

@@ -2,7 +2,8 @@
 
 experiment.yaml     the resolved settings
 run.json            name, MLflow run id, parents, code version, who writes the run, one entry for every start
-metrics.jsonl       one object a step (see metrics.py)
+metrics.jsonl       one object a step; on an object store others follow it (see metrics.py)
+tokenizer.json      what token ids mean, with tokenizer_config.json beside it (see run_tokenizer.py)
 checkpoints/        step-00000200/ and so on (see checkpoint.py)
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import math
 import re
 import secrets
 import socket
@@ -25,16 +27,17 @@ from typing import Any
 from pydantic import field_validator
 
 from ..data.credentials import refuse_credentials
-from ..data.errors import StoreUnavailable
 from ..data.storage import check_url
-from .configuration import Settings
+from .configuration import ConfigError, Settings
 from .metrics import MetricsLog
-from .storage import Storage
+from .storage import Storage, StorageError
 
 EXPERIMENT_FILE = "experiment.yaml"
 INFO_FILE = "run.json"
-# On an object store, how often (seconds) it is asked whether somebody else has taken the run.
+# On an object store, how often (seconds) it is asked whether somebody else has taken the run; less often, to keep the
+# asking to this share of the time, while it answers slowly or not at all.
 OWNER_INTERVAL = 10.0
+OWNER_SHARE = 0.05
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -79,7 +82,10 @@ class RunDirectory:
     def __init__(self, url: str, token: str | None = None) -> None:
         self.storage = Storage(url)
         self.token = token
-        self._owner_seen: int | float | None = None  # the file as it was when its owner was looked at, or the time
+        self._owner_seen: int | None = None  # the file as it was when its owner was looked at
+        self._owner_due = -math.inf  # when to look again, on an object store
+        self._looking: threading.Thread | None = None
+        self._taken = False
         self.name = self.storage.url.rsplit("/", 1)[-1]
         self.metrics = MetricsLog(self.storage)
         self._lock = threading.Lock()
@@ -120,8 +126,11 @@ class RunDirectory:
         return self.storage.exists(EXPERIMENT_FILE)
 
     def read_experiment(self) -> str:
-        """The text of experiment.yaml."""
-        return self.storage.read_text(EXPERIMENT_FILE)
+        """The text of experiment.yaml. ConfigError: it is none."""
+        try:
+            return self.storage.read_text(EXPERIMENT_FILE)
+        except UnicodeDecodeError:
+            raise ConfigError(f"{self.url}/{EXPERIMENT_FILE} is not a text file") from None
 
     def write_experiment(self, text: str) -> None:
         self.storage.write_text(EXPERIMENT_FILE, text)
@@ -129,7 +138,9 @@ class RunDirectory:
     def read_info(self) -> dict[str, Any]:
         """The content of run.json; empty when there is none. ValueError: it is damaged."""
         try:
-            return json.loads(self.storage.read_text(INFO_FILE)) if self.storage.exists(INFO_FILE) else {}
+            return json.loads(self.storage.read_text(INFO_FILE))
+        except FileNotFoundError:
+            return {}
         except json.JSONDecodeError as error:
             raise ValueError(f"{self.url}/{INFO_FILE} is damaged: {error}") from None
 
@@ -140,7 +151,7 @@ class RunDirectory:
 
     def take(self) -> str:
         """Makes this process, and those that it gives the token, the run's writer in the place of any other."""
-        self.token = secrets.token_hex(8)
+        self.token, self._taken = secrets.token_hex(8), False
         self.update_info(owner={"token": self.token, "time": timestamp(), "host": socket.gethostname()})
         return self.token
 
@@ -167,20 +178,25 @@ class RunDirectory:
             return False
         if self.storage.local:
             seen = Path(self.storage.path(INFO_FILE)).stat().st_mtime_ns
-            if seen == self._owner_seen:
-                return False
-        else:
-            seen = time.monotonic()
-            if self._owner_seen is not None and seen - self._owner_seen < OWNER_INTERVAL:
-                return False
+            if seen != self._owner_seen:
+                self._look_for_owner()
+            self._owner_seen = seen
+        elif time.monotonic() >= self._owner_due and (self._looking is None or not self._looking.is_alive()):
+            # Training does not wait for the answer.
+            self._looking = threading.Thread(target=self._look_for_owner, name="owner", daemon=True)
+            self._looking.start()
+        return self._taken
+
+    def _look_for_owner(self) -> None:
+        began = time.monotonic()
         try:
             self.check_owner()
         except RunTaken:
-            return True
-        except StoreUnavailable:  # says nothing about it
+            self._taken = True
+        except StorageError:  # says nothing about it
             pass
-        self._owner_seen = seen if self.storage.local else time.monotonic()
-        return False
+        now = time.monotonic()
+        self._owner_due = now + max(OWNER_INTERVAL, (now - began) / OWNER_SHARE)
 
     def record_start(self, **entry: Any) -> int:
         """Adds an entry to run.json, with the time and the code's version: from which step, on which mesh.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..models import LanguageModel, build_model, initialise, kept_in_float32
 from ..parallel import CommunicationLedger, Mesh, shard_model
 from .experiment import Experiment
+from .trained_parameters import freeze
 
 
 def make_sharded_model(
@@ -18,6 +19,7 @@ def make_sharded_model(
     """
     train = experiment.train
     model = build_model(experiment.model, dtype=train.parameter_dtype, device="meta")
+    freeze(model, train)
     if mesh.world_size > 1 or train.compute_dtype is not None:
         shard_model(
             model,

@@ -14,6 +14,7 @@ from ..models import DropoutKey, Losses, Part, build_model
 from ..parallel import CanonicalModel, CommunicationLedger, Mesh, SequenceShard, clip_gradients
 from .experiment import Experiment
 from .sharded_model import make_sharded_model
+from .trained_parameters import freeze, still_buffers, unchanged
 
 
 class SplitModel:
@@ -31,9 +32,11 @@ class SplitModel:
         if tiles := experiment.train.canonical:
             model = build_model(experiment.model, seed=experiment.seed, dtype=experiment.train.parameter_dtype)
             self.module = model.to(mesh.device)
+            freeze(self.module, experiment.train)
             self.canonical = CanonicalModel(self.module, tiles, mesh.sequence_group)
         else:
             self.module = make_sharded_model(experiment, mesh, ledger=ledger)
+        self._still = still_buffers(self.module, experiment.train)
 
     def losses(self, batch: Batch, step: int, *, backward: bool = False) -> Losses:
         """The losses of a batch, the same on every process; with `backward` this process's gradients too.
@@ -77,4 +80,5 @@ class SplitModel:
 
     def end_step(self) -> None:
         """After the optimiser's step: what models adapt by themselves, as their experts' selection bias."""
-        (self.canonical or self.module).end_step()
+        with unchanged(self._still):
+            (self.canonical or self.module).end_step()

@@ -2,7 +2,7 @@
 
 A change of the context is therefore a resume, whether the run was interrupted there or not: parameters, moments,
 random state and the position in the data come from the checkpoint, the learning rate from the step. The processes and
-their process group stay.
+their process group stay; the groups of parts of them are a stage's own.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
-import torch.distributed as dist
-
 from ..data import Stage
-from .checkpoint import gloo_group
 from .experiment import Experiment
 from .manifest import list_checkpoints
+from .process_group import leave_groups
 from .run_directory import RunDirectory
+from .shared_outcomes import SharedOutcomes, gloo_group
 from .trainer import Trainer
 
 
@@ -45,12 +44,13 @@ def train_stages(
             return trainer
         del trainer
         gc.collect()  # modules hold each other: the next stage's model needs the memory
+        leave_groups()
 
 
 def _committed_step(run: RunDirectory) -> int:
     """The step of the newest committed checkpoint, as the first process finds it; 0: there is none."""
-    found: list[int] = [0]
-    if dist.get_rank() == 0:
-        found[0] = max((checkpoint.step for checkpoint in list_checkpoints(run) if checkpoint.committed), default=0)
-    dist.broadcast_object_list(found, src=0, group=gloo_group())
-    return found[0]
+
+    def newest() -> int:
+        return max((checkpoint.step for checkpoint in list_checkpoints(run) if checkpoint.committed), default=0)
+
+    return SharedOutcomes(gloo_group()).from_first(newest)

@@ -27,6 +27,7 @@ from .manifest import list_checkpoints
 from .metrics import NOTHING, Order, StepRecord, read_records
 from .run_directory import RunDirectory
 from .storage import Storage
+from .tracked_steps import TrackedSteps, is_due
 
 QUEUE_LENGTH = 10_000
 BATCH_LENGTH = 100
@@ -44,12 +45,15 @@ class TrackingConfig(Settings):
         uri: of an MLflow tracking server (http://...) or store (sqlite:///...); an embedded sqlite store beside the
             runs when not given. Credentials: MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN.
         experiment: MLflow's name for a group of runs.
+        every: steps between those that are sent: MLflow's database grows with each. Steps with a validation loss and
+            the last are sent too; metrics.jsonl has all.
         patience: seconds to wait at the end of training for records not yet sent.
     """
 
     enabled: bool = True
     uri: str | None = None
     experiment: str = Field(default="longstride", min_length=1)
+    every: int = Field(default=1, ge=1)
     patience: float = Field(default=30.0, ge=0)
 
     @field_validator("uri")
@@ -66,19 +70,24 @@ class Sink(Protocol):
         """Opens or continues the run; the order of the last record it has, `NOTHING` if it has none."""
         ...
 
-    def send(self, records: list[StepRecord]) -> None: ...
+    def send(self, records: list[StepRecord]) -> None:
+        """Takes them, in order, or what it wants of them."""
+        ...
 
     def finish(self, records: list[StepRecord], status: str) -> None:
-        """Adds what describes the whole run (the curves) and ends it."""
+        """Takes the last of all records if it has not, adds what describes the whole run (the curves) and ends it."""
         ...
 
 
 class Tracker:
-    """Sends records to a sink from a thread. `record` takes microseconds whatever the sink does."""
+    """Sends records to a sink from a thread. `record` takes microseconds whatever the sink does.
 
-    def __init__(self, run: RunDirectory, sink: Sink, *, interval: float = SEND_INTERVAL) -> None:
-        self.run, self.sink, self.interval = run, sink, interval
-        self.sent_until: Order | None = None  # the last record that the sink has; None before it is connected
+    `every`: of how many steps the sink wants one, to say how many it lacks.
+    """
+
+    def __init__(self, run: RunDirectory, sink: Sink, *, interval: float = SEND_INTERVAL, every: int = 1) -> None:
+        self.run, self.sink, self.interval, self.every = run, sink, interval, every
+        self.sent_until: Order | None = None  # the last record that the sink was given; None before it is connected
         self.failures = 0
         self.last_failure = ""  # while it fails
         self._told_of_failure = False
@@ -115,9 +124,10 @@ class Tracker:
             return None
         cause = f" ({self.last_failure})" if self.last_failure else ""
         try:
-            behind = len(self._unsent())
+            unsent = self._unsent()
         except OSError:  # the store of the log is lost too
-            behind = len(self._queue)
+            unsent = list(self._queue)
+        behind = sum(is_due(record, self.every) or record is unsent[-1] for record in unsent)
         return (
             f"tracking: {behind} of {self._newest} steps are not in MLflow{cause}; metrics.jsonl has them all, and "
             f"`longstride track {self.run.url}` sends them"
@@ -192,8 +202,12 @@ class MlflowSink:
         self.uri = tracking_uri(config, run)
         self._client: Any = None
         self._stages: Any = None
+        self._steps: Any = None
         self._run_id = ""
-        self._last_step = 0  # sent
+        self._last_step = 0  # of those given
+        self._logged = NOTHING  # the last record that MLflow has
+        self._tags: dict[str, str] = {}  # that go with the next
+        self.sent = 0  # records, by this process
 
     def connect(self) -> Order:
         from . import mlflow_client
@@ -213,31 +227,43 @@ class MlflowSink:
         self.run.update_info(mlflow={"uri": self.uri, "experiment": self.config.experiment, "run_id": self._run_id})
         mlflow_client.describe(self._client, found, self.settings, self.run, self.version)
         scheduled = bool(self.settings.get("data", {}).get("schedule"))
-        self._stages = StageRuns(self._client, self.run, found, scheduled=scheduled)
-        sent_until = mlflow_client.sent_until(found)
-        self._last_step = sent_until[2]
-        return sent_until
+        self._steps = TrackedSteps(self.config.every, lambda: mlflow_client.steps(self._client, self._run_id))
+        self._stages = StageRuns(self._client, self.run, found, scheduled=scheduled, thinned=self.config.every > 1)
+        self._logged = mlflow_client.sent_until(found)
+        self._last_step = self._logged[2]
+        return self._logged
 
     def send(self, records: list[StepRecord]) -> None:
-        from . import mlflow_client
+        from .mlflow_client import REWOUND_TAG
 
-        self._stages.send(records)
-        tags = {}
+        last = self._last_step
         for record in records:
-            if record.step <= self._last_step:
-                tags = {mlflow_client.REWOUND_TAG: str(record.step - 1)}
-            self._last_step = record.step
-        mlflow_client.log_records(self._client, self._run_id, records, tags)
+            if record.step <= last:
+                self._tags = {REWOUND_TAG: str(record.step - 1)}
+            last = record.step
+        if chosen := self._steps.choose(records):
+            self._log(chosen)
+        self._last_step = last
         if time.monotonic() - self._looked > CHECKPOINT_INTERVAL:
             self._tag_checkpoint()
 
     def finish(self, records: list[StepRecord], status: str) -> None:
         from . import mlflow_client
 
+        if records and records[-1].order > self._logged:
+            self._log(records[-1:])
         self._tag_checkpoint()
         mlflow_client.log_curves(self._client, self._run_id, records)
         self._stages.finish(status)
         self._client.set_terminated(self._run_id, status)
+
+    def _log(self, records: list[StepRecord]) -> None:
+        from . import mlflow_client
+
+        self._stages.send(records)
+        mlflow_client.log_records(self._client, self._run_id, records, self._tags)
+        self._logged, self._tags = records[-1].order, {}
+        self.sent += len(records)
 
     def _tag_checkpoint(self) -> None:
         from . import mlflow_client
@@ -258,7 +284,7 @@ def tracking_uri(config: TrackingConfig, run: RunDirectory) -> str:
 
 
 def send_all(run: RunDirectory, config: TrackingConfig, settings: Mapping[str, Any], version: str) -> int:
-    """Sends every record that MLflow does not have yet; how many. A run with steps left counts as stopped.
+    """Sends every record that MLflow is to have and does not; how many. A run with steps left counts as stopped.
 
     Raises what MLflow raises.
     """
@@ -270,7 +296,7 @@ def send_all(run: RunDirectory, config: TrackingConfig, settings: Mapping[str, A
     records = list(read_records(run.storage))
     complete = bool(records) and records[-1].step >= settings["train"]["steps"]
     sink.finish(records, "FINISHED" if complete else "KILLED")
-    return len(missing)
+    return sink.sent
 
 
 def one_line(error: BaseException) -> str:

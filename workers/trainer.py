@@ -16,8 +16,7 @@ import torch
 from ..data import Batch, Corpus, Stage
 from ..models import Losses
 from ..parallel import CommunicationLedger, Mesh
-from .checkpoint import Checkpointer, gloo_group
-from .checkpoint_policy import CheckpointTimer
+from .checkpoint import Checkpointer
 from .communication import write_communication
 from .exchange import StepExchange
 from .experiment import Experiment
@@ -30,6 +29,9 @@ from .random_state import seed_everything
 from .recovery import BadBatches, BadLoss
 from .reporting import Reporter, RunStart, Silent
 from .run_directory import RunDirectory, code_version, timestamp
+from .run_tokenizer import keep_tokenizer
+from .saving import Saving
+from .shared_outcomes import gloo_group
 from .split_model import SplitModel
 from .tracking import Tracker
 
@@ -64,12 +66,13 @@ class Trainer:
         self.stage = stage or experiment.stages[-1]
         self.reporter: Reporter = reporter or Silent()
         self.corpus = corpus or experiment.open_corpus()
-        self._fingerprint = self.corpus.fingerprint()
+        self._fingerprint, self._corpus_tokens = self.corpus.fingerprint(), self.corpus.num_tokens("train")
         self.tracker = tracker
         self.stop = stop or threading.Event()
         self.first = mesh.rank == 0
         self.step_count, self.tokens, self.position = 0, 0, 0
         self._start_number, self._rewinds = 0, 0  # of this start, on the first process
+        self._ended: float | None = None  # the step before, on this process's clock
         self.last_record: StepRecord | None = None
         self.validation_loss: float | None = None
         self.ledger = CommunicationLedger()
@@ -79,8 +82,7 @@ class Trainer:
         self._flops_per_token = PASSES * self.model.flops_per_token(experiment.data.context)
         self.optimizer = ShardedAdamW(self.model, experiment.train)
         self.checkpointer = Checkpointer(run, experiment.checkpoint, self.model, self.optimizer)
-        self.checkpoint_timer = CheckpointTimer(experiment.checkpoint)
-        self.checkpoint_due = False  # after the last step
+        self.saving = Saving(self.checkpointer, experiment.checkpoint, experiment.recovery, self._noted)
         self._control = gloo_group()
         self._exchange = StepExchange(mesh, self.ledger, self._control)
         data = experiment.data
@@ -97,38 +99,32 @@ class Trainer:
         seed_everything(self.experiment.seed, self.mesh.rank, manifest.step)
         self.checkpointer.load(checkpoint, manifest)
         self.step_count, self.tokens = manifest.step, manifest.tokens
-        self.position = resume_position(manifest, self.experiment.data.context, self.experiment.data.batch)
+        self.position = manifest.resume_position(self.experiment.data.context, self.experiment.data.batch)
         if self.first:
             for line in rejected:
-                self.reporter.noted(line)
+                self._noted(line)
             if manifest.corpus != self._fingerprint:
-                self.reporter.noted(f"data.corpus={self.corpus.name} is not what the checkpoint was trained on")
+                self._noted(f"data.corpus={self.corpus.name} is not what the checkpoint was trained on")
             self.run.metrics.rewind(manifest.step)
             self._rewinds += 1
+        self._pass_on_notes()
 
     def train(self) -> bool:
         """Makes the stage's steps that are left, and a checkpoint; False when asked to stop before the run's end.
 
         It makes none when the run is in an earlier stage, and ends when a rollback takes it there.
 
-        Raises TrainingError when the loss stays bad, CheckpointError when a checkpoint cannot be written.
+        Raises TrainingError when the loss stays bad, or checkpoints in a row, or the last, cannot be written.
         """
         if self.step_count < self.stage.first:
             return True
         self.bad_batches.read(self.step_count)
         self.loader.seek(self.position)
         if self.first:
-            if self.step_count == 0:
-                self.run.metrics.rewind(0)  # of an earlier start that left no checkpoint
-            data = self.experiment.data
-            place = {"step": self.step_count, "context": data.context, "batch": data.batch}
-            mesh = {"workers": self.mesh.world_size, "parallel": asdict(self.mesh.degrees)}
-            left_out = {"skipped_shards": list(self.corpus.skipped)} if self.corpus.skipped else {}
-            self._start_number, self._rewinds = self.run.record_start(**place, **mesh, **left_out), 0
-            self.reporter.started(self._start())
-        saved, stopping, counted = self.step_count, False, False
+            self._record_start()
+        stopping, counted = False, False
         with_checkpoints = self.experiment.checkpoint.keep_best > 0
-        self.checkpoint_timer.restart()
+        self.saving.begin(self.step_count)
         try:
             while self.stage.first <= self.step_count < self.stage.last and not stopping:
                 try:
@@ -136,22 +132,17 @@ class Trainer:
                         record, stopping = self.step()
                 except BadLoss as bad:
                     self._go_past(bad)
-                    saved = min(saved, self.step_count)
                     continue
                 if not counted:
                     write_communication(self.run, self.ledger, self.step_count, self._control)
                     counted = True
                 validating = self._due(self.experiment.train.validate_every) or self.step_count == self.stage.last
-                if validating or (with_checkpoints and self.checkpoint_due):
+                if validating or (with_checkpoints and self.saving.due):
                     self.validation_loss = self.validate()
                     record = replace(record, validation_loss=self.validation_loss)
                 self._log(record)
-                if self.checkpoint_due:
-                    self.save(wait=not self.experiment.checkpoint.asynchronous)
-                    saved = self.step_count
-            if saved != self.step_count:
-                self.save(wait=True)
-            self.checkpointer.wait()
+                self.saving.after_step(self.step_count, self.save)
+            self.saving.finish(self.step_count, self.save)
             self._pass_on_notes()
         except Exception:
             # What is being written beside training is of a step that was good.
@@ -165,6 +156,7 @@ class Trainer:
     def step(self) -> tuple[StepRecord, bool]:
         """One optimiser step; its record, and whether any process was asked to stop."""
         began = time.perf_counter()
+        pause = 0.0 if self._ended is None else began - self._ended
         self.ledger.reset()
         while self.position in self.bad_batches:
             self.position += 1
@@ -188,10 +180,10 @@ class Trainer:
         self.position = batch.step + 1
         step_tokens = self.experiment.data.context * self.experiment.data.batch
         self.tokens += step_tokens
-        seconds = time.perf_counter() - began
-        time_is_up = self.checkpoint_timer.time_is_up()
-        shared = self._exchange(seconds, reading, stop=self.stop.is_set(), time_is_up=time_is_up)
-        self.checkpoint_due = self.checkpoint_timer.due(self.step_count, shared.time_is_up)
+        self._ended = time.perf_counter()
+        seconds = self._ended - began
+        shared = self._exchange(seconds, reading, stop=self.stop.is_set(), **self.saving.own())
+        self.saving.learn(self.step_count, shared)
         record = StepRecord(
             step=self.step_count,
             loss=loss,
@@ -203,9 +195,12 @@ class Trainer:
             grad_norm=norm,
             seconds=seconds,
             auxiliary_loss=float(losses.routers.detach()),
-            time=time.time(),
+            time=self.run.metrics.now(),
             start=self._start_number,
             rewinds=self._rewinds,
+            pause=pause,
+            context=self.experiment.data.context,
+            epochs=self.tokens / self._corpus_tokens,
             **shared.measures._asdict(),
         )
         return record, shared.stop
@@ -242,35 +237,37 @@ class Trainer:
         )
         self.checkpointer.save(progress, wait=wait)
         self._pass_on_notes()
-        self.checkpoint_timer.restart()
+        self.saving.timer.restart()
         self.bad_batches.progressed()
 
-    def _pass_on_notes(self) -> None:
-        notes = self.checkpointer.take_notes()
-        for line in notes if self.first else []:
+    def _noted(self, line: str) -> None:
+        if self.first:
             self.reporter.noted(line)
+
+    def _pass_on_notes(self) -> None:
+        for line in self.checkpointer.take_notes():
+            self._noted(line)
 
     def _go_past(self, bad: BadLoss) -> None:
         """Leaves a bad batch out for good, and rolls back first if that is asked for. TrainingError: too often."""
-        self.checkpointer.wait()
+        self.saving.settle()
         self.bad_batches.leave_out(bad, self.step_count + 1)
         back = ""
         if self.experiment.recovery.bad_loss == "rollback":
             with contextlib.suppress(NoCheckpoint):
                 self.restore()
+                self.saving.begin(self.step_count)
                 back = f" and the run is back at step {self.step_count}"
         self.bad_batches.read(self.step_count)
         self.loader.seek(self.position)
-        if self.first:
-            self.reporter.noted(f"{bad}: batch {bad.position} is left out{back}")
+        self._noted(f"{bad}: batch {bad.position} is left out{back}")
 
     def _profiled(self) -> contextlib.AbstractContextManager[None]:
         step = self.step_count + 1
         if step != self.experiment.train.profile:
             return contextlib.nullcontext()
-        if self.first:
-            self.reporter.noted(f"step {step} is profiled: {self.run.url}/{profile_name(step, self.mesh.rank)}")
-        return profiled(self.run, step, self.mesh.rank)
+        self._noted(f"step {step} is profiled: {self.run.url}/{profile_name(step, self.mesh.rank)}")
+        return profiled(self.run, step, self._control, self._noted)
 
     def _losses(self, batch: Batch, *, backward: bool = False) -> Losses:
         return self._split.losses(batch, self.step_count, backward=backward)
@@ -280,15 +277,28 @@ class Trainer:
         if self.first and self.run.lost():
             self.stop.set()  # all leave after the next step, and learn why where they would save
         elif self.first:
-            self.run.metrics.append(record)
+            if line := self.run.metrics.append(record):
+                self._noted(line)
             self.reporter.stepped(record)
             if self.tracker is not None:
                 self.tracker.record(record)
                 if line := self.tracker.take_note():
-                    self.reporter.noted(line)
+                    self._noted(line)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step_count % every == 0
+
+    def _record_start(self) -> None:
+        """In the run's directory and to who watches, by the first process."""
+        if self.step_count == 0:
+            self.run.metrics.rewind(0)  # of an earlier start that left no checkpoint
+        data = self.experiment.data
+        place = {"step": self.step_count, "context": data.context, "batch": data.batch}
+        mesh = {"workers": self.mesh.world_size, "parallel": asdict(self.mesh.degrees)}
+        left_out = {"skipped_shards": list(self.corpus.skipped)} if self.corpus.skipped else {}
+        keep_tokenizer(self.run, self.corpus.tokenizer)
+        self._start_number, self._rewinds = self.run.record_start(**place, **mesh, **left_out), 0
+        self.reporter.started(self._start())
 
     def _start(self) -> RunStart:
         experiment = self.experiment
@@ -299,6 +309,7 @@ class Trainer:
             steps=experiment.train.steps,
             until=self.stage.last,
             parameters=self.model.num_parameters(),
+            trained=self.optimizer.num_parameters,
             corpus=self.corpus.name,
             context=experiment.data.context,
             batch=experiment.data.batch,
@@ -307,14 +318,3 @@ class Trainer:
             dtype=experiment.train.dtype,
             device=self.mesh.device,
         )
-
-
-def resume_position(manifest: Manifest, context: int, batch: int) -> int:
-    """The step of the data's global order to go on with.
-
-    With the same context the order is the same: the next sequence that was not seen, rounded up to a whole batch.
-    Another context has another order: as many tokens into it as were trained on.
-    """
-    if context == manifest.context:
-        return -(-manifest.position * manifest.batch // batch)
-    return -(-manifest.tokens // (context * batch))

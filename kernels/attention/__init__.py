@@ -8,9 +8,9 @@ Legend: B batch, T queries, S keys, H query heads, G key and value heads, K head
 
 from torch import Tensor
 
-from .portable import Attention, Range, attend_, attend_backward_, nothing_seen
+from .portable import Attention, Positions, attend_, attend_backward_, nothing_seen
 
-__all__ = ["Range", "attend_", "attend_backward_", "attention", "nothing_seen"]
+__all__ = ["Positions", "attend_", "attend_backward_", "attention", "nothing_seen"]
 
 
 def attention(
@@ -57,4 +57,4 @@ def attention(
             f"attention: document_begin has shape {tuple(document_begin.shape)}, expected ({batch} or 1, {length})"
         )
     scale = head_dim**-0.5 if scale is None else scale
-    return Attention.apply(q_BTHK, k_BSGK, v_BSGK, Range(query_start, key_start, document_begin), scale)
+    return Attention.apply(q_BTHK, k_BSGK, v_BSGK, Positions(query_start, key_start, document_begin), scale)

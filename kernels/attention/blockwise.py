@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..arguments import compute_dtype
+
 _SCORE_ELEMENTS = 1 << 25  # scores held at a time
 
 
@@ -17,8 +19,8 @@ def _scores(q_BHTK: Tensor, k_BGSK: Tensor, causal: bool, scale: float) -> Itera
     batch, heads, length, head_dim = q_BHTK.shape
     kv_heads, keys = k_BGSK.shape[1:3]
     q_BGRTK = q_BHTK.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
-    size = max(16, _SCORE_ELEMENTS // (batch * heads * keys))
-    dtype = torch.float64 if q_BHTK.dtype == torch.float64 else torch.float32
+    size = max(16, _SCORE_ELEMENTS // max(1, batch * heads * keys))
+    dtype = compute_dtype(q_BHTK)
     for start in range(0, length, size):
         stop = min(start + size, length)
         reach = stop if causal else keys

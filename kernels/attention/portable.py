@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import compute_dtype
 from ..autograd import first_order
 from ..triton_support import rows_contiguous
 from . import blockwise, flash
@@ -51,14 +52,13 @@ def _backward_tile(
 
 
 def merge_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
-    """Join attention over two sets of keys, in place: out_BTHK and lse_BTH become those over both."""
-    weight = torch.sigmoid(new_lse - lse).unsqueeze(-1)
-    out.copy_(torch.lerp(out.to(weight.dtype), new_out.to(weight.dtype), weight))
+    """Join attention over two sets of keys, in place: out_BTHK and lse_BTH, of one dtype, become those over both."""
+    out.lerp_(new_out.to(out.dtype), torch.sigmoid(new_lse - lse).unsqueeze(-1))
     lse.copy_(torch.logaddexp(lse, new_lse))
 
 
 @dataclass(frozen=True)
-class Range:
+class Positions:
     """Where queries and keys stand: the global position of the first of each, and each query's document."""
 
     query_start: int
@@ -71,13 +71,13 @@ class Range:
 
 
 def nothing_seen(q_BTHK: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, lse) of queries that have seen no key yet."""
-    dtype = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
+    """(out, lse) of queries that have seen no key yet; both float32, or float64: half types would round every join."""
+    dtype = compute_dtype(q_BTHK)
     lse = torch.full(q_BTHK.shape[:3], -torch.inf, dtype=dtype, device=q_BTHK.device)
-    return torch.zeros_like(q_BTHK, memory_format=torch.contiguous_format), lse
+    return torch.zeros_like(q_BTHK, dtype=dtype, memory_format=torch.contiguous_format), lse
 
 
-def attend_(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, where: Range, scale: float) -> None:
+def attend_(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, where: Positions, scale: float) -> None:
     """Let the queries see more keys, in place: out_BTHK and lse_BTH become those over the keys seen so far."""
     for tile in where.tiles(q, k):
         rows, queries = tile.rows, tile.queries
@@ -92,7 +92,7 @@ def attend_backward_(
     operands: tuple[Tensor, Tensor, Tensor],
     out: Tensor,
     lse: Tensor,
-    where: Range,
+    where: Positions,
     scale: float,
 ) -> None:
     """Add to the gradients of (q, k, v) what these keys contribute; `out` and `lse` are those over all keys."""
@@ -109,12 +109,13 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, where: Range, scale: float
+        ctx: Any, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, where: Positions, scale: float
     ) -> tuple[Tensor, Tensor]:
         ctx.where, ctx.scale = where, scale
         ctx.set_materialize_grads(False)
         out, lse = nothing_seen(q_BTHK)
         attend_(out, lse, q_BTHK, k_BSGK, v_BSGK, where, scale)
+        out = out.to(q_BTHK.dtype)
         ctx.save_for_backward(q_BTHK, k_BSGK, v_BSGK, out, lse)
         return out, lse
 

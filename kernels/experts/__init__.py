@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import triton_support
 from .portable import GatherRows, GroupedMatmul, SumRows
 
-__all__ = ["RowMap", "count_choices", "gather_rows", "grouped_matmul", "permute", "sum_rows"]
+__all__ = ["RowMap", "check_experts", "count_choices", "gather_rows", "grouped_matmul", "permute", "sum_rows"]
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,17 @@ def permute(expert_index_NJ: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: on the CPU, if an index is outside 0 .. num_experts - 1.
     """
+    check_experts("permute", expert_index_NJ, num_experts)
     flat_M = expert_index_NJ.flatten()
-    if flat_M.device.type == "cpu" and flat_M.numel():  # on an accelerator the check would wait for it
-        low, high = (int(bound) for bound in flat_M.aminmax())
-        if low < 0 or high >= num_experts:
-            raise ValueError(f"permute: expert {low if low < 0 else high} is outside 0 .. {num_experts - 1}")
     return torch.argsort(flat_M, stable=True), count_choices(flat_M, num_experts)
+
+
+def check_experts(operation: str, expert_index: Tensor, num_experts: int) -> None:
+    """Raise ValueError, on the CPU, if an index is outside 0 .. num_experts - 1."""
+    if expert_index.device.type == "cpu" and expert_index.numel():  # an accelerator would have to be waited for
+        low, high = (int(bound) for bound in expert_index.aminmax())
+        if low < 0 or high >= num_experts:
+            raise ValueError(f"{operation}: expert {low if low < 0 else high} is outside 0 .. {num_experts - 1}")
 
 
 def count_choices(expert_index: Tensor, num_experts: int) -> Tensor:

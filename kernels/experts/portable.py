@@ -44,14 +44,18 @@ class GroupedMatmul(torch.autograd.Function):
         (grad_MF,) = grads
         x_MD, weight_EDF, counts_E = ctx.saved_tensors
         grad_MF = grad_MF.contiguous()
+        need_x, need_weight, _ = ctx.needs_input_grad
         if ctx.grouped:
             offsets = counts_E.cumsum(0, dtype=torch.int32)
-            grad_x = F.grouped_mm(grad_MF, weight_EDF.transpose(1, 2), offs=offsets)
-            return grad_x, F.grouped_mm(x_MD.t(), grad_MF, offs=offsets), None
-        grad_x, grad_weight = torch.empty_like(x_MD), torch.zeros_like(weight_EDF)
+            grad_x = F.grouped_mm(grad_MF, weight_EDF.transpose(1, 2), offs=offsets) if need_x else None
+            return grad_x, F.grouped_mm(x_MD.t(), grad_MF, offs=offsets) if need_weight else None, None
+        grad_x = torch.empty_like(x_MD) if need_x else None
+        grad_weight = torch.zeros_like(weight_EDF) if need_weight else None
         for expert, rows in _groups(counts_E):
-            torch.mm(grad_MF[rows], weight_EDF[expert].t(), out=grad_x[rows])
-            torch.mm(x_MD[rows].t(), grad_MF[rows], out=grad_weight[expert])
+            if grad_x is not None:
+                torch.mm(grad_MF[rows], weight_EDF[expert].t(), out=grad_x[rows])
+            if grad_weight is not None:
+                torch.mm(x_MD[rows].t(), grad_MF[rows], out=grad_weight[expert])
         return grad_x, grad_weight, None
 
 

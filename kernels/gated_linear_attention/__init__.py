@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..arguments import compute_dtype, expect_shape
 from ..documents import checked_starts
 from ..living import NothingLeft, add_to_heads, groups_of_heads, reach_of_heads
-from ..segments import expect_shape, segment_tokens, state_dtype, walk
+from ..segments import segment_tokens, walk
 from .portable import BLOCK, CHUNK, readout_segment, segment
 
 __all__ = ["gated_linear_attention", "gated_linear_attention_readout"]
@@ -50,7 +51,7 @@ def gated_linear_attention(
     expect_shape(operation, "initial_state", initial_state, (batch, heads, key_width, value_width))
     starts_BT = checked_starts(document_starts, batch, length)
     sequences = (q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK)
-    dtype = state_dtype(*sequences, initial_state)
+    dtype = compute_dtype(*sequences, initial_state)
     if initial_state is None:
         initial_state = torch.zeros(batch, heads, key_width, value_width, dtype=dtype, device=q_BTHK.device)
 
@@ -91,7 +92,7 @@ def gated_linear_attention_readout(
     expect_shape(operation, "q_BTHK", q_BTHK, (batch, length, heads, key_width))
     expect_shape(operation, "log_decay_BTHK", log_decay_BTHK, (batch, length, heads, key_width))
     starts_BT = checked_starts(document_starts, batch, length)
-    dtype = state_dtype(state_BHKV, q_BTHK, log_decay_BTHK)
+    dtype = compute_dtype(state_BHKV, q_BTHK, log_decay_BTHK)
     state_BHKV = state_BHKV.to(dtype)
     if triton_support.takes(state_BHKV, q_BTHK, log_decay_BTHK):
         from ..triton_readout import WIDEST, TritonReadout

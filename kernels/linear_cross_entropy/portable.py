@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..autograd import first_order
 
+SCALED_AT_ONCE = 512
+"""Rows."""
+
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of losses; see `linear_cross_entropy`."""
@@ -70,13 +73,27 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_hidden is None else scaled(grad_hidden, grad),
             None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
             None,
             None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
             None,
             None,
         )
+
+
+def scaled(x_ND: Tensor, factor: Tensor) -> Tensor:
+    """x times a scalar, in the scalar's dtype and rounded once to that of x; few rows exist in the wider one at a time.
+
+    A factor in bfloat16 would change the whole gradient by up to 0.4%; in PyTorch's own product with a scalar x decides
+    the dtype, and the device whether the scalar is rounded to it.
+    """
+    if x_ND.dtype == factor.dtype:
+        return x_ND * factor
+    out_ND = torch.empty_like(x_ND)
+    for x_SD, out_SD in zip(x_ND.split(SCALED_AT_ONCE), out_ND.split(SCALED_AT_ONCE), strict=True):
+        torch.mul(x_SD, factor.view(1), out=out_SD)
+    return out_ND
 
 
 def accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..arguments import compute_dtype, expect_shape
 from ..documents import checked_starts
-from ..segments import expect_shape
 from .portable import LongConvolution
 from .toeplitz import WIDEST, ToeplitzConvolution
 
@@ -51,13 +51,11 @@ def long_convolution(
     batch, length, channels = u_BTD.shape
     if filter_DL.dim() != 2 or filter_DL.shape[0] != channels or filter_DL.shape[1] < 1:
         raise ValueError(f"long convolution: filter has shape {tuple(filter_DL.shape)}, expected ({channels}, taps)")
-    if skip is not None and tuple(skip.shape) != (channels,):
-        raise ValueError(f"long convolution: skip has shape {tuple(skip.shape)}, expected ({channels},)")
+    expect_shape("long convolution", "skip", skip, (channels,))
     for name, factor in (("input_gate", input_gate), ("gate", gate)):
         expect_shape("long convolution", name, factor, tuple(u_BTD.shape))
     starts_BT = checked_starts(document_starts, batch, length)
-    double = any(x is not None and x.dtype == torch.float64 for x in (u_BTD, filter_DL, input_gate, gate))
-    dtype = torch.float64 if double else torch.float32
+    dtype = compute_dtype(u_BTD, filter_DL, input_gate, gate)
     filter_DL, skip = filter_DL.to(dtype), None if skip is None else skip.to(dtype)
     taps = filter_DL.shape[1]
     if taps > WIDEST or length < _LEAST_LENGTHS[taps <= _FEW_TAPS] * taps:

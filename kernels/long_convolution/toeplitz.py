@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import triton_support
-from ..autograd import first_order
+from ..autograd import first_order, own_precision
 from .toeplitz_products import PortableProducts, Products
 from .toeplitz_rows import IndexedRows, PlainRows, Rows
 
@@ -76,6 +76,7 @@ class ToeplitzConvolution(torch.autograd.Function):
     """y_t = sum_k taps[:, k] x_{t-k} with taps (D, W) by lag in the dtype of the computation; halo (B, W - 1, D)."""
 
     @staticmethod
+    @own_precision
     def forward(ctx: Any, x_BTD: Tensor, taps_DW: Tensor, halo: Tensor, starts_BT: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_BTD, taps_DW, halo, starts_BT)
         products = _products(x_BTD, taps_DW)

@@ -52,13 +52,19 @@ class PlainRows:
         _, tokens, before = self.shape
         return self.spill * self.row - before, -tokens % self.row
 
+    def _places(self) -> tuple[int, int]:
+        """Sequences, and the places of each."""
+        batch, tokens, before = self.shape
+        first, last = self._padding()
+        return batch, first + before + tokens + last
+
     def of_inputs(self, x_BED: Tensor) -> Tensor:
         first, last = self._padding()
         x_XD = F.pad(x_BED, (0, 0, first, last)).flatten(0, 1)
         return _to_rows(F.pad(x_XD, (0, 0, 0, self.spill * self.row)), self.row)
 
     def to_outputs(self, y_DRQ: Tensor) -> Tensor:
-        return _to_tokens(y_DRQ).unflatten(0, (self.shape[0], -1))[:, : self.shape[1]]
+        return _to_tokens(y_DRQ).unflatten(0, self._places())[:, : self.shape[1]]
 
     def of_outputs(self, grad_BTD: Tensor) -> Tensor:
         last = self._padding()[1] + self.spill * self.row
@@ -66,9 +72,9 @@ class PlainRows:
 
     def to_inputs(self, grad_DRQ: Tensor) -> Tensor:
         first, _ = self._padding()
-        batch, tokens, before = self.shape
+        _, tokens, before = self.shape
         grad_XD = _to_tokens(grad_DRQ)[: (grad_DRQ.shape[1] - self.spill) * self.row]
-        return grad_XD.unflatten(0, (batch, -1))[:, first : first + before + tokens]
+        return grad_XD.unflatten(0, self._places())[:, first : first + before + tokens]
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class IndexedRows:
         source_RQ = torch.where(inside_RQ, begin_of[document_R].unsqueeze(1) + age_RQ, total)
         document_X = begins_BE.flatten().cumsum(0) - 1
         place_X = first_row_of[document_X] * row + torch.arange(total, device=device) - begin_of[document_X]
-        return IndexedRows(shape, row, spill, depth_R.int(), source_RQ.flatten(), place_X.view(batch, -1))
+        return IndexedRows(shape, row, spill, depth_R.int(), source_RQ.flatten(), place_X.view(batch, before + tokens))
 
     def _place(self, x_BED: Tensor, front: int) -> Tensor:
         x_XD = F.pad(x_BED.flatten(0, 1), (0, 0, 0, 1)).index_select(0, self.source_X)

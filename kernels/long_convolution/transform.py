@@ -82,12 +82,17 @@ class Transform:
         count = x_CQM.shape[1]
         with torch.autocast(x_CL.device.type, enabled=False):
             z_CRM = torch.complex(self._real_RQ[:, :count] @ x_CQM, self._imag_RQ[:, :count] @ x_CQM)
-        return torch.fft.fft(z_CRM.mul_(self._phases_RM)).view(*x_CL.shape[:-1], self.frequencies)
+        z_CRM.mul_(self._phases_RM)
+        if z_CRM.numel():  # MKL refuses none
+            z_CRM = torch.fft.fft(z_CRM)
+        return z_CRM.view(*x_CL.shape[:-1], self.frequencies)
 
     def backward(self, spectrum_CS: Tensor, length: int) -> Tensor:
         """(..., length), the first values that a spectrum stands for."""
         spectrum_CRM = spectrum_CS.reshape(-1, *self._phases_RM.shape)
-        z_CRM = torch.fft.ifft(spectrum_CRM, norm="forward").mul_(self._back_RM)
+        z_CRM = spectrum_CRM
+        if spectrum_CRM.numel():
+            z_CRM = torch.fft.ifft(spectrum_CRM, norm="forward").mul_(self._back_RM)
         count = -(-length // self.row)
         with torch.autocast(z_CRM.device.type, enabled=False):
             x_CQM = self._real_RQ[:, :count].mT @ z_CRM.real.contiguous()

@@ -6,18 +6,18 @@ convolution by FFT it needs no memory of the sequence's length beyond input and 
 and has a state that can be handed over. Legend: B batch, T tokens, D channels, N modes per channel.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..arguments import compute_dtype, expect_shape
 from ..documents import checked_starts
-from ..segments import expect_shape, segment_tokens, state_dtype, walk
+from ..segments import segment_tokens, walk
+from ..stages import Stages
 from .portable import CHUNK, modal_segment, modal_tables, widest
 from .stages import PortableStages
 
-__all__ = ["ModalStages", "begin_modal_convolution", "modal_convolution"]
+__all__ = ["begin_modal_convolution", "modal_convolution"]
 
 
 def modal_convolution(
@@ -51,7 +51,7 @@ def modal_convolution(
     expect_shape("modal convolution", "skip", skip, (channels,))
     expect_shape("modal convolution", "initial_state", initial_state, (batch, channels, modes))
     starts_BT = checked_starts(document_starts, batch, length)
-    dtype = state_dtype(u_BTD, log_poles_DN, residues_DN, skip, initial_state)
+    dtype = compute_dtype(u_BTD, log_poles_DN, residues_DN, skip, initial_state)
     if triton_support.takes(u_BTD, log_poles_DN, residues_DN, skip, initial_state):
         from .triton_modal import WIDEST, TritonModal
 
@@ -78,21 +78,6 @@ def modal_convolution(
     return y_BTD, state_BDN.to(dtype.to_complex() if state_BDN.is_complex() else dtype).contiguous()
 
 
-class ModalStages(Protocol):
-    """A modal convolution whose state may still be under way; see `begin_modal_convolution`."""
-
-    leaving: Tensor
-    """(B, D, N), the state after the last token had the sequence begun from zero."""
-
-    def compute_local(self) -> None:
-        """Most of the work; to be called once, before `finish`."""
-        ...
-
-    def finish(self, entering_BDN: Tensor) -> Tensor:
-        """y_BTD in the dtype of u, given the state before the first token; to be called once."""
-        ...
-
-
 def begin_modal_convolution(
     u_BTD: Tensor,
     log_poles_DN: Tensor,
@@ -100,11 +85,9 @@ def begin_modal_convolution(
     *,
     skip: Tensor | None = None,
     document_starts: Tensor | None = None,
-) -> ModalStages:
-    """`modal_convolution` of a part of a sequence, in stages: the state that leaves is known before the outputs are.
-
-    Send `leaving` on its way, `compute_local`, await the state that enters, `finish` with it. The backward pass runs
-    the stages in reverse: the gradient of the entering state is ready first, that of `leaving` is needed last.
+) -> Stages:
+    """`modal_convolution` of a part of a sequence, in stages: the state that leaves, (B, D, N), is known before the
+    outputs are. See `Stages`.
 
     Arguments and errors are those of `modal_convolution`. Between the stages, and for the backward pass, there is one
     state for each chunk of at most 64 tokens beside the arguments. The entering state is followed, channel by channel,
@@ -116,7 +99,7 @@ def begin_modal_convolution(
     _check_modes(log_poles_DN, residues_DN, channels)
     expect_shape("modal convolution", "skip", skip, (channels,))
     starts_BT = checked_starts(document_starts, batch, length)
-    dtype = state_dtype(u_BTD, log_poles_DN, residues_DN, skip)
+    dtype = compute_dtype(u_BTD, log_poles_DN, residues_DN, skip)
     if triton_support.takes(u_BTD, log_poles_DN, residues_DN, skip):
         from .triton_modal import WIDEST
         from .triton_stages import TritonStages

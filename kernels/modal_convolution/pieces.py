@@ -68,7 +68,7 @@ class Plan:
         if starts_BT is not None and length:
             starts_BT = starts_BT.expand(batch, -1)
             first_B = first_start(starts_BT)
-            reach = int(first_B.max())
+            reach = int(first_B.max()) if batch else 0
         pieces = [Piece(*size, _documents(starts_BT, *size)) for size in sizes]
         return Plan(batch, length, channels, chunk, dtype, first_B, reach, pieces)
 
@@ -79,7 +79,7 @@ class Plan:
 
     def put(self, x_BTD: Tensor, piece: Piece, rows_DRQ: Tensor) -> None:
         """The inverse of `cut`: the rows back into the sequence, in its dtype."""
-        rows_DBT = rows_DRQ.view(self.channels, self.batch, -1)
+        rows_DBT = rows_DRQ.view(self.channels, self.batch, piece.chunks * piece.chunk)
         for x_TD, rows_DT in zip(x_BTD[:, piece.tokens].unbind(0), rows_DBT.unbind(1), strict=True):
             x_TD.copy_(rows_DT.t())  # PyTorch transposes a matrix twice as fast as more dimensions
 
@@ -106,7 +106,7 @@ class Plan:
 
     def by_sequence(self, rows_DR: Tensor) -> Tensor:
         """(D, B, M, ...)"""
-        return rows_DR.unflatten(1, (self.batch, -1))
+        return rows_DR.unflatten(1, (self.batch, rows_DR.shape[1] // max(1, self.batch)))
 
 
 def _documents(starts_BT: Tensor | None, start: int, chunks: int, chunk: int) -> Documents | None:

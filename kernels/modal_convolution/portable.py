@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..segments import dense_gradient
+from ..autograd import dense_gradient
 
 CHUNK = 64
 
@@ -154,7 +154,7 @@ def modal_segment(
     if documents is not None:
         y_DRQ = documents.together(y_DRQ)
         added_DRS = added_DRS[:, documents.last_row]
-    keep = None if documents is None else documents.unbroken_R.view(batch, -1)
+    keep = None if documents is None else documents.unbroken_R.view(batch, chunks)
     added_MDBN = by_chunk(added_DRS.view(channels, batch, chunks, added_DRS.shape[2]), state_DBN.is_complex())
     entering_MDBN, state_DBN = pass_states(
         state_DBN, added_MDBN, [power_DN] * (chunks - 1) + [tail_power_DN if tail else power_DN], keep

@@ -6,9 +6,8 @@ what the states before the chunks give them. That state joins those of the chunk
 and is not followed where it is not. The backward pass goes through the stages in reverse: after the first of its
 stages it has the gradient of the entering state, and only the last needs that of the leaving one.
 
-Between the stages lie the outputs and one state for each chunk, nothing bigger. The input's gradient does not meet in
-a sum of its own: it has a slot, zeros without memory, which the second stage reads in name only. The gradient of the
-slot is that stage's part, and the first stage's backward adds its own part in place.
+Between the stages lie the outputs and one state for each chunk, nothing bigger. For the input's slot see
+kernels/stages.py.
 
 Legend: as in portable.py.
 """
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import first_order
+from ..autograd import first_order, own_precision
+from ..stages import slot
 from .arrival import Arrival
 from .pieces import Piece, Plan
 from .portable import by_chunk, modal_tables, pass_states, real_parts
@@ -30,6 +30,7 @@ class States(torch.autograd.Function):
     """(the state before each chunk as rows, the state that leaves (D, B, N), a slot of u as rows)."""
 
     @staticmethod
+    @own_precision
     def forward(
         ctx: Any, plan: Plan, u_BTD: Tensor, enter_DQS: Tensor, power_DN: Tensor, tail_power_DN: Tensor
     ) -> tuple[Tensor, ...]:
@@ -47,8 +48,7 @@ class States(torch.autograd.Function):
             rows_DBMS.copy_(real_parts(entering_MDBN).permute(1, 2, 0, 3))
         ctx.plan = plan
         ctx.save_for_backward(u_BTD, enter_DQS, power_DN, tail_power_DN, before)
-        slot = enter_DQS.new_zeros(()).expand(plan.batch * plan.length * plan.channels)
-        return before, state_DBN.clone(), slot
+        return before, state_DBN.clone(), slot([plan.batch * plan.length * plan.channels], enter_DQS)
 
     @staticmethod
     @first_order
@@ -85,6 +85,7 @@ class Local(torch.autograd.Function):
     """What each chunk's own tokens give its outputs, as rows."""
 
     @staticmethod
+    @own_precision
     def forward(ctx: Any, plan: Plan, u_BTD: Tensor, toeplitz_DQQ: Tensor, slot: Tensor) -> Tensor:
         y = plan.token_buffer(toeplitz_DQQ)
         for piece in plan.pieces:
@@ -121,6 +122,7 @@ class ReadOut(torch.autograd.Function):
     """y_BTD, in `dtype`: the local outputs, and what the states before the chunks give."""
 
     @staticmethod
+    @own_precision
     def forward(
         ctx: Any,
         plan: Plan,

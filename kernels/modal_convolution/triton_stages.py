@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import first_order
+from ..stages import slot
 from ..triton_support import rows_contiguous
 from .triton_modal import Modes, joined, planes
 from .triton_readout import TritonModalReadout
@@ -27,7 +28,7 @@ def _from_zero(modes: Modes, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Leaving(torch.autograd.Function):
-    """(`leaving_BDN`, the state that leaves from zero, a slot of y): zeros without memory with the gradient of y."""
+    """(`leaving_BDN`, the state that leaves from zero, a slot of y)."""
 
     @staticmethod
     def forward(
@@ -40,7 +41,7 @@ class _Leaving(torch.autograd.Function):
         starts_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(u_BTD, log_poles_DN, residues_DN, skip, starts_BT)
-        return leaving_BDN.view_as(leaving_BDN), leaving_BDN.real.new_zeros(()).expand(u_BTD.shape)
+        return leaving_BDN.view_as(leaving_BDN), slot(u_BTD.shape, leaving_BDN.real)
 
     @staticmethod
     @first_order

@@ -4,10 +4,10 @@ Origin: B. Zhang and R. Sennrich, arXiv 1910.07467; the gated and grouped form i
 github.com/state-spaces/mamba, layernorm_gated.py with norm_before_gate=False).
 """
 
-import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..arguments import compute_dtype, expect_shape
 from .portable import RMSNorm
 
 __all__ = ["rms_norm"]
@@ -25,13 +25,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, gate: Tensor | Non
         ValueError: if shapes do not agree or D is not a multiple of `groups`.
     """
     width = x.shape[-1]
-    if tuple(weight.shape) != (width,):
-        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({width},)")
-    if gate is not None and gate.shape != x.shape:
-        raise ValueError(f"rms_norm: gate has shape {tuple(gate.shape)}, expected {tuple(x.shape)}")
+    expect_shape("rms_norm", "weight", weight, (width,))
+    expect_shape("rms_norm", "gate", gate, tuple(x.shape))
     if groups < 1 or width % groups:
         raise ValueError(f"rms_norm: width {width} is not a multiple of groups={groups}")
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(x)
     function = RMSNorm
     if triton_support.takes(x, weight, gate):
         from .triton_norm import WIDEST, TritonRMSNorm

@@ -45,7 +45,7 @@ class RMSNorm(torch.autograd.Function):
         grad_input = normalised.mul_(-mean).add_(grad_pieces).mul_(scale).flatten(-2)
         grad_gate = None
         if gate is not None:
-            gate = gate.to(weight.dtype)
-            grad_gate = torch.ops.aten.silu_backward(grad_input * x.to(weight.dtype), gate).to(gate.dtype)
-            grad_input = grad_input * torch.nn.functional.silu(gate)
+            wide_gate = gate.to(weight.dtype)
+            grad_gate = torch.ops.aten.silu_backward(grad_input * x.to(weight.dtype), wide_gate).to(gate.dtype)
+            grad_input = grad_input * torch.nn.functional.silu(wide_gate)
         return grad_input.to(x.dtype), grad_weight, grad_gate, None, None

@@ -3,10 +3,10 @@
 Legend: B batch, T tokens, H heads, K head dimension.
 """
 
-import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..arguments import compute_dtype
 from .portable import Rotary, angles
 
 __all__ = ["rotary"]
@@ -34,7 +34,7 @@ def rotary(x_BTHK: Tensor, positions: Tensor, *, base: float = 10000.0, style: s
             f"rotary: positions have shape {tuple(positions.shape)}, expected ({length},) or ({batch}, {length})"
         )
     cos, sin = angles(positions, head_dim // 2, base)
-    dtype = torch.float64 if x_BTHK.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(x_BTHK)
     function = Rotary
     if triton_support.takes(x_BTHK):
         from .triton_rotary import TritonRotary as function

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..arguments import compute_dtype, expect_shape
 from ..documents import checked_starts
-from ..segments import expect_shape, state_dtype
 from . import compiled
 from .portable import SelectiveScan
 from .readout import Enter
@@ -71,23 +71,21 @@ def begin_selective_scan(
     D: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
     document_starts: Tensor | None = None,
 ) -> ScanStages:
     """`selective_scan` of a part of a sequence, before it is known what state enters that part. See `ScanStages`.
 
-    The outputs from zero (or from `initial_state`, to which the entering state comes on top) are computed here;
-    `leaving` and `steps` say what the part does to any state that enters. `finish(entering)` gives the outputs. Its
-    work ends, for each channel and state apart, where the decay has left less of the state than the dtype can show
-    beside an output, and at a sequence's first document start.
+    The outputs from zero are computed here; `leaving` and `steps` say what the part does to any state that enters.
+    `finish(entering)` gives the outputs. Its work ends, for each channel and state apart, where the decay has left less
+    of the state than the dtype can show beside an output, and at a sequence's first document start.
 
-    Args as in `selective_scan`, but no gate: it would have to wait for the entering state.
+    Args as in `selective_scan`, but no gate and no initial state: both belong to the entering state.
 
     Raises:
         ValueError: if shapes do not agree.
     """
     scan = _Scan.choose(
-        u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D, None, delta_bias, delta_softplus, initial_state, document_starts
+        u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D, None, delta_bias, delta_softplus, None, document_starts
     )
     entering = Entering()
     y_BTD, leaving_BDN = scan.function.apply(*scan.arguments, entering)
@@ -129,7 +127,7 @@ class _Scan:
         expect_shape("selective scan", "initial_state", initial_BDN, (batch, channels, states))
         starts_BT = checked_starts(document_starts, batch, length)
         tensors = u_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D, z_BTD, delta_bias, initial_BDN
-        dtype = state_dtype(*tensors)
+        dtype = compute_dtype(*tensors)
         function: type[torch.autograd.Function] = SelectiveScan
         enter: type[torch.autograd.Function] = Enter
         if triton_support.takes(*(x for x in tensors if x is not None)):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd import first_order
+from ..autograd import first_order, own_precision
 from ..documents import first_start
 from .recurrence import Recurrence, SegmentPlan
 from .stages import Entering
@@ -219,6 +219,7 @@ class SelectiveScan(torch.autograd.Function):
     """The scan with recomputation; call it through `selective_scan`, which checks and prepares the arguments."""
 
     @staticmethod
+    @own_precision
     def forward(
         ctx: Any,
         u_BTD: Tensor,

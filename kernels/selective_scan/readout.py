@@ -149,7 +149,7 @@ def living_bands(steps: Steps, A_DN: Tensor, length: int) -> Iterator[Band]:
     sum_BK = A_DN.new_zeros(batch, len(A_DN))
     first_band = _tokens_of_a_piece(batch * A_DN.numel())
     start = 0
-    while start < length:
+    while start < length and batch:
         stop = min(length, start + max(first_band, start))
         # The slowest sequence of the batch decides; a rate of zero or above keeps its pair alive for ever.
         exponent_KN = (sum_BK.unsqueeze(2) * A_DN[order_K]).amax(0)
@@ -168,7 +168,9 @@ def living_bands(steps: Steps, A_DN: Tensor, length: int) -> Iterator[Band]:
 
 def _reach(starts_BT: Tensor | None, length: int) -> int:
     """Tokens before the first document start of the sequence that has it last."""
-    return length if starts_BT is None else int(first_start(starts_BT).max())
+    if starts_BT is None or not len(starts_BT):
+        return length
+    return int(first_start(starts_BT).max())
 
 
 class Enter(torch.autograd.Function):

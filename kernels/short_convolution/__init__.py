@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import triton_support
+from ..arguments import compute_dtype, expect_shape
 from ..documents import checked_starts
 from ..long_convolution import long_convolution
 from ..long_convolution.toeplitz import WIDEST, ToeplitzConvolution
@@ -46,18 +47,14 @@ def short_convolution(
     if weight_DW.dim() != 2 or weight_DW.shape[0] != channels or weight_DW.shape[1] < 1:
         raise ValueError(f"short convolution: weight has shape {tuple(weight_DW.shape)}, expected ({channels}, taps)")
     width = weight_DW.shape[1]
-    if bias is not None and tuple(bias.shape) != (channels,):
-        raise ValueError(f"short convolution: bias has shape {tuple(bias.shape)}, expected ({channels},)")
+    expect_shape("short convolution", "bias", bias, (channels,))
+    expect_shape("short convolution", "halo", halo, (batch, width - 1, channels))
     if activation not in (None, "silu"):
         raise ValueError(f"short convolution: activation {activation!r} is unknown; use None or 'silu'")
     if halo is None:
         halo = x_BTD.new_zeros(batch, width - 1, channels)
-    if tuple(halo.shape) != (batch, width - 1, channels):
-        raise ValueError(
-            f"short convolution: halo has shape {tuple(halo.shape)}, expected {(batch, width - 1, channels)}"
-        )
     starts_BT = checked_starts(document_starts, batch, length)
-    dtype = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(x_BTD)
     weight_DW = weight_DW.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     halo = halo.to(x_BTD.dtype)

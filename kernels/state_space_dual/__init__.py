@@ -5,19 +5,18 @@ retention (arXiv 2307.08621). Offsets are 64-bit and states pass gradients both 
 T tokens, H heads, P head width, G groups of heads that share B and C, N states.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..arguments import compute_dtype, expect_shape
 from ..documents import checked_starts
-from ..segments import expect_shape, state_dtype
+from ..stages import Stages
 from .pieces import Plan, sums_of_chunks
 from .stages import PortableStages
 from .whole import Whole
 
-__all__ = ["DualStages", "begin_state_space_dual", "state_space_dual"]
+__all__ = ["begin_state_space_dual", "state_space_dual"]
 
 
 def state_space_dual(
@@ -51,7 +50,7 @@ def state_space_dual(
     shape = (batch, heads, width, B_BTGN.shape[3])
     expect_shape("state-space dual", "initial_state", initial_state, shape)
     starts_BT = checked_starts(document_starts, batch, length)
-    dtype = state_dtype(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, initial_state)
+    dtype = compute_dtype(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, initial_state)
     if initial_state is None:
         initial_state = torch.zeros(shape, dtype=dtype, device=x_BTHP.device)
     initial_state = initial_state.to(dtype)
@@ -64,21 +63,6 @@ def state_space_dual(
     return Whole.apply(plan, x_BTHP, sums_BMQH, B_BTGN, C_BTGN, initial_state)
 
 
-class DualStages(Protocol):
-    """A state-space dual whose state may still be under way; see `begin_state_space_dual`."""
-
-    leaving: Tensor
-    """(B, H, P, N), the state after the last token had the sequence begun from zero."""
-
-    def compute_local(self) -> None:
-        """Most of the work; to be called once, before `finish`."""
-        ...
-
-    def finish(self, entering_BHPN: Tensor) -> Tensor:
-        """y_BTHP in the dtype of x, given the state before the first token; to be called once."""
-        ...
-
-
 def begin_state_space_dual(
     x_BTHP: Tensor,
     log_decay_BTH: Tensor,
@@ -87,11 +71,9 @@ def begin_state_space_dual(
     *,
     document_starts: Tensor | None = None,
     chunk_size: int = 128,
-) -> DualStages:
-    """`state_space_dual` of a part of a sequence, in stages: the state that leaves is known before the outputs are.
-
-    Send `leaving` on its way, `compute_local`, await the state that enters, `finish` with it. The backward pass runs
-    the stages in reverse: the gradient of the entering state is ready first, that of `leaving` is needed last.
+) -> Stages:
+    """`state_space_dual` of a part of a sequence, in stages: the state that leaves, (B, H, P, N), is known before the
+    outputs are. See `Stages`.
 
     Arguments and errors are those of `state_space_dual`. Between the stages, and for the backward pass, there is one
     state for each chunk beside the arguments and the sums of log decays. On Triton the stages are the state that leaves
@@ -105,7 +87,7 @@ def begin_state_space_dual(
         from .triton_stages import TritonStages
 
         return TritonStages(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, starts_BT)
-    dtype = state_dtype(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN)
+    dtype = compute_dtype(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN)
     chunk = min(chunk_size, max(length, 1))
     return PortableStages(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, starts_BT, chunk, dtype)
 

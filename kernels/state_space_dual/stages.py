@@ -5,9 +5,7 @@ outputs, most of the work; last, with the state that enters, what the states bef
 pass goes through them in reverse: after the first of its stages it has the gradient of the entering state, and only the
 last needs that of the leaving one.
 
-Between the stages lie the outputs and one state for each chunk, nothing bigger. A stage's gradients do not meet in
-sums of their own: a tensor that two stages read has a slot, zeros without memory, which the later stage reads in name
-only. The gradient of the slot is that stage's part, and the earlier stage's backward adds its own part in place.
+Between the stages lie the outputs and one state for each chunk, nothing bigger. For slots see kernels/stages.py.
 
 Legend: as in portable.py.
 """
@@ -19,19 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import first_order
+from ..autograd import first_order, own_precision
+from ..stages import slot
 from . import portable
 from .pieces import Plan, sums_of_chunks
-
-
-def _slot(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros((), dtype=dtype, device=like.device).expand(like.shape)
 
 
 class States(torch.autograd.Function):
     """(what each chunk adds (B, M, H, P, N), the state that leaves (B, H, P, N), slots of x and of B)."""
 
     @staticmethod
+    @own_precision
     def forward(ctx: Any, plan: Plan, x_BTHP: Tensor, sums_BMQH: Tensor, B_BTGN: Tensor) -> tuple[Tensor, ...]:
         (batch, _, heads, width), states = x_BTHP.shape, B_BTGN.shape[3]
         added = x_BTHP.new_empty(batch, sums_BMQH.shape[1], heads, width, states, dtype=plan.dtype)
@@ -43,7 +39,7 @@ class States(torch.autograd.Function):
             leaving += (added[:, piece.chunks] * tail_BMH11[:, piece.chunks]).sum(1)
         ctx.plan = plan
         ctx.save_for_backward(x_BTHP, sums_BMQH, B_BTGN, added)
-        return added, leaving, _slot(x_BTHP, plan.dtype), _slot(B_BTGN, plan.dtype)
+        return added, leaving, slot(x_BTHP.shape, added), slot(B_BTGN.shape, added)
 
     @staticmethod
     @first_order
@@ -70,6 +66,7 @@ class Local(torch.autograd.Function):
     """(what each chunk's own tokens give its outputs, (B, T, H, P) in the dtype of the computation, a slot of C)."""
 
     @staticmethod
+    @own_precision
     def forward(
         ctx: Any, plan: Plan, x_BTHP: Tensor, sums_BMQH: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, *slots: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -79,7 +76,7 @@ class Local(torch.autograd.Function):
             plan.cut(y_BTHP, piece).copy_(portable.local(x, B, C, plan.decays(sums_BMQH, piece)))
         ctx.plan = plan
         ctx.save_for_backward(x_BTHP, sums_BMQH, B_BTGN, C_BTGN)
-        return y_BTHP, _slot(C_BTGN, plan.dtype)
+        return y_BTHP, slot(C_BTGN.shape, y_BTHP)
 
     @staticmethod
     @first_order
@@ -103,6 +100,7 @@ class ReadOut(torch.autograd.Function):
     """`y_BTHP`, to which is added, in place, what the states that enter the chunks give their outputs."""
 
     @staticmethod
+    @own_precision
     def forward(
         ctx: Any, plan: Plan, y_BTHP: Tensor, entering_BHPN: Tensor, added: Tensor, sums_BMQH: Tensor,
         C_BTGN: Tensor, *slots: Tensor,

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ..autograd import first_order
+from ..stages import slot
 from ..triton_readout import TritonReadout
 from .triton_dual import Inputs, suffix_sums
 
 
 class _Leaving(torch.autograd.Function):
-    """(`leaving`, the state that leaves from zero, a slot of y): zeros without memory, whose gradient is that of y."""
+    """(`leaving`, the state that leaves from zero, a slot of y)."""
 
     @staticmethod
     def forward(
@@ -31,7 +32,7 @@ class _Leaving(torch.autograd.Function):
         starts_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_BTHP, log_decay_BTH, B_BTGN, C_BTGN, starts_BT)
-        return leaving_BHPN.view_as(leaving_BHPN), x_BTHP.new_zeros(()).expand(x_BTHP.shape)
+        return leaving_BHPN.view_as(leaving_BHPN), slot(x_BTHP.shape, x_BTHP)
 
     @staticmethod
     @first_order

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import first_order
+from ..autograd import first_order, own_precision
 from . import portable
 from .pieces import Plan
 
@@ -21,6 +21,7 @@ class Whole(torch.autograd.Function):
     """(y_BTHP in the dtype of x, the state after the last token); see `state_space_dual`."""
 
     @staticmethod
+    @own_precision
     def forward(
         ctx: Any, plan: Plan, x_BTHP: Tensor, sums_BMQH: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, state_BHPN: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..arguments import compute_dtype, expect_shape
 from ..documents import checked_starts
-from ..segments import expect_shape, segment_tokens, state_dtype, walk
+from ..segments import segment_tokens, walk
 from . import compiled
-from .portable import Wkv4, summary_segment
+from .portable import EMPTY, Wkv4, summary_segment
 
 __all__ = ["EMPTY", "wkv4", "wkv4_state"]
-
-EMPTY = (0.0, 0.0, -1e38)  # (a, b, p) of a state that has seen nothing; the exponent is finite, so differences stay so
 
 
 def wkv4(
@@ -47,7 +46,7 @@ def wkv4(
     expect_shape("wkv4", "bonus_D", bonus_D, (channels,))
     expect_shape("wkv4", "initial_state", initial_state, (batch, channels, 3))
     starts_BT = checked_starts(document_starts, batch, length)
-    dtype = state_dtype(k_BTD, v_BTD, log_decay_D, bonus_D, initial_state)
+    dtype = compute_dtype(k_BTD, v_BTD, log_decay_D, bonus_D, initial_state)
     if initial_state is None:
         initial_state = _empty(k_BTD, dtype)
     function: type[torch.autograd.Function] = Wkv4
@@ -72,7 +71,7 @@ def wkv4_state(k_BTD: Tensor, v_BTD: Tensor, log_decay_D: Tensor, *, document_st
     batch, length, channels = k_BTD.shape
     _check("wkv4 state", k_BTD, v_BTD, log_decay_D)
     starts_BT = checked_starts(document_starts, batch, length)
-    dtype = state_dtype(k_BTD, v_BTD, log_decay_D)
+    dtype = compute_dtype(k_BTD, v_BTD, log_decay_D)
     if triton_support.takes(k_BTD, v_BTD, log_decay_D):
         from .triton_state import TritonWkv4State
 

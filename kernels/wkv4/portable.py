@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..autograd import first_order
 
-_NEVER = -1e38
+EMPTY = (0.0, 0.0, -1e38)  # (a, b, p) of a state that has seen nothing; the exponent is finite, so differences stay so
 _SEGMENT_ELEMENTS = 1 << 18
 
 
@@ -99,7 +99,7 @@ def _run(
     dtype, tokens = state_BD3.dtype, k_BSD.shape[1]
     padding = (0, 0, 0, 0, 0, -tokens % chunk)
     # a padding token has no weight, and lets the state pass unchanged
-    k = F.pad(k_BSD.transpose(0, 1).to(dtype), padding, value=_NEVER)
+    k = F.pad(k_BSD.transpose(0, 1).to(dtype), padding, value=EMPTY[2])
     v = F.pad(v_BSD.transpose(0, 1).to(dtype), padding)
     log_decay = log_decay_D
     if starts_BS is not None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..arguments import compute_dtype, expect_shape
 from ..documents import checked_starts
-from ..segments import expect_shape, segment_tokens, state_dtype, walk
+from ..segments import segment_tokens, walk
 from .portable import CHUNK, PAIRWISE_CHUNK, is_moderate, segment
 from .stages import Plan, Wkv7Stages, portable_stages
 
@@ -52,7 +53,7 @@ def wkv7(
         expect_shape("wkv7", name, tensor, (batch, length, heads, width))
     expect_shape("wkv7", "initial_state", initial_state, (batch, heads, width, width))
     starts_BT = checked_starts(document_starts, batch, length)
-    dtype = state_dtype(*sequences, initial_state)
+    dtype = compute_dtype(*sequences, initial_state)
     if initial_state is None:
         initial_state = torch.zeros(batch, heads, width, width, dtype=dtype, device=r_BTHN.device)
     if triton_support.takes(*sequences, initial_state):
@@ -111,7 +112,7 @@ def begin_wkv7(
     moderate = is_moderate(log_w_BTHN, CHUNK)
     chunk = min(CHUNK if moderate else PAIRWISE_CHUNK, max(length, 1))
     step = _segment(chunk, batch * heads * width, width, k_BTHN.device) // chunk
-    return portable_stages(Plan(length, chunk, step, moderate, state_dtype(*sequences), starts_BT), sequences)
+    return portable_stages(Plan(length, chunk, step, moderate, compute_dtype(*sequences), starts_BT), sequences)
 
 
 def _segment(chunk: int, elements: int, width: int, device: torch.device) -> int:

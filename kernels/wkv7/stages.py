@@ -7,24 +7,23 @@ state before it, which is S R + that from zero, is R q to S. Last y += S z, one 
 gradient of the entering state is ready after the first of the stages, and only the last needs that of what leaves.
 
 Between the stages and for the backward pass lie, beside the arguments, the outputs, z and the chunks' answers (two
-vectors a token), and E before each chunk. What else a chunk needs is made again. A tensor that two stages read has a
-slot, zeros without memory, which the later stage reads in name only: the gradient of the slot is that stage's part, in
-the dtype of the computation, and the earlier stage's backward adds its own in place.
+vectors a token), and E before each chunk. What else a chunk needs is made again. For slots see kernels/stages.py.
 
 Legend: as in portable.py; a chunk's tensors (M, B, H, Q, N), E (M, B, H, 2 N, N), answers (M, B, H, Q, 2 N).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..autograd import first_order
-from ..segments import expect_shape
+from ..arguments import expect_shape
+from ..autograd import first_order, own_precision
+from ..stages import slot
 from .portable import Decays, ask, by_head, by_token, solve
 
 
@@ -67,11 +66,6 @@ class Plan:
         return Decays.of(log_w, starts_BT, self.moderate)
 
 
-def slot(shape: Sequence[int], like: Tensor) -> Tensor:
-    """See above; of the dtype, and on the device, of `like`."""
-    return like.new_zeros(()).expand(shape)
-
-
 class States(torch.autograd.Function):
     """(answers, E before each chunk and after the last, the last once more, slots of log_w, k, v and b).
 
@@ -79,6 +73,7 @@ class States(torch.autograd.Function):
     """
 
     @staticmethod
+    @own_precision
     def forward(
         ctx: Any, plan: Plan, log_w_BTHN: Tensor, k_BTHN: Tensor, v_BTHN: Tensor, a_BTHN: Tensor, b_BTHN: Tensor
     ) -> tuple[Tensor, ...]:
@@ -128,6 +123,7 @@ class Local(torch.autograd.Function):
     """(the outputs from zero, the questions z to the state that enters): both (B, H, T, N), T filled up to chunks."""
 
     @staticmethod
+    @own_precision
     def forward(
         ctx: Any, plan: Plan, r_BTHN: Tensor, log_w_BTHN: Tensor, k_BTHN: Tensor, v_BTHN: Tensor, b_BTHN: Tensor,
         answers: Tensor, passing: Tensor, *slots: Tensor,
@@ -203,6 +199,7 @@ class Wkv7Stages:
         self._y, self._z = self._local(r_BTHN)
         self._dtype = r_BTHN.dtype
 
+    @own_precision
     def finish(self, entering_BHNN: Tensor) -> Tensor:
         """y_BTHN in the dtype of r, given the state before the first token; to be called once.
 

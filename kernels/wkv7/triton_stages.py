@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..autograd import first_order
+from ..stages import slot
 from ..triton_support import rows_contiguous
-from .stages import Wkv7Stages, slot
+from .stages import Wkv7Stages
 from .triton_wkv7 import Chunks, fresh_like
 
 

@@ -28,6 +28,7 @@ class Evo2(Layout):
     """Feed-forward layers are gated by GELU in the first layer and by nothing in the others."""
 
     name = "evo2"
+    mixers, feed_forwards = ("hyena_se", "hyena_mr", "hyena_li", "attention"), ("mlp",)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return "attn_layer_idxs" in config and "hcl_layer_idxs" in config

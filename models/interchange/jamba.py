@@ -28,6 +28,7 @@ class Jamba(Layout):
     """The plan is written as two periods and offsets: of attention, and of experts."""
 
     name = "jamba"
+    mixers, feed_forwards = ("mamba", "attention"), ("mlp", "moe")
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("model_type") == "jamba"

@@ -26,6 +26,8 @@ TRAINING_ONLY = {
     "hyena_mr": {"slowest"},
 }
 """Options that change how a model begins, is penalised or keeps its numbers, and not what it computes."""
+LISTED = 3
+"""Of several things that are wrong, so many are told."""
 NOT_COMPARED = {
     "layers",
     "feed_forward",
@@ -45,6 +47,9 @@ class Layout(ABC):
     """One way to store one family of models."""
 
     name: str
+    mixers: tuple[str, ...]
+    feed_forwards: tuple[str, ...]
+    """What its layers can be made of; "none": nothing after the mixer."""
     prefix = ""
     """Before every key as written; it may be absent where it is read."""
 
@@ -98,15 +103,35 @@ def parse_config(layout: Layout, values: Mapping[str, Any], origin: str) -> Mode
 
 def write_config(layout: Layout, config: ModelConfig) -> dict[str, Any]:
     """config.json for a model. InterchangeError, with what differs, if it is not of the layout's kind."""
-    refusal = f"the model cannot be stored as {layout.name}"
+    if found := misfits(layout, config):
+        raise InterchangeError(f"the model cannot be stored as {layout.name}: {listed(found)}")
+    return layout.write_config(config)
+
+
+def misfits(layout: Layout, config: ModelConfig) -> list[str]:
+    """Why the layout cannot hold a model, a phrase each; empty where it can."""
+    if foreign := foreign_layers(layout, config):
+        return [f"it has layers that {layout.name} has not, {listed(foreign, ', ')}"]
     try:
-        values = layout.write_config(config)
-        found = differences(config, parse_config(layout, values, layout.name))
+        return differences(config, parse_config(layout, layout.write_config(config), layout.name))
     except InterchangeError as error:
-        raise InterchangeError(f"{refusal}: {error}") from None
-    if found:
-        raise InterchangeError(f"{refusal}: {'; '.join(found)}")
-    return values
+        return [str(error)]
+
+
+def foreign_layers(layout: Layout, config: ModelConfig) -> list[str]:
+    """Kinds of layers of a model, such as hyena+moe, that the layout does not know."""
+    kinds = {f"{layer['mixer']}+{layer['feed_forward']}": layer for layer in layer_options(config)}
+    return [
+        kind
+        for kind, layer in kinds.items()
+        if layer["mixer"] not in layout.mixers or layer["feed_forward"] not in layout.feed_forwards
+    ]
+
+
+def listed(phrases: Sequence[str], between: str = "; ") -> str:
+    """The first few of them, and how many there are beside."""
+    more = len(phrases) - LISTED
+    return between.join([*phrases[:LISTED], *([f"and {more} more"] if more > 0 else [])])
 
 
 def tensor_map(layout: Layout, config: ModelConfig) -> TensorMap:
@@ -120,7 +145,7 @@ def tensor_map(layout: Layout, config: ModelConfig) -> TensorMap:
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """In what two descriptions compute differently: one line each, empty when they are the same model."""
+    """In what two descriptions compute differently: a phrase each, layers alike in one; empty for the same model."""
     found = [
         f"{key} is {getattr(ours, key)} here and {getattr(theirs, key)} there"
         for key in ModelConfig.model_fields
@@ -128,12 +153,20 @@ def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     ]
     if len(ours.plan) != len(theirs.plan):
         return [*found, f"{len(ours.plan)} layers here and {len(theirs.plan)} there"]
+    layers: dict[str, list[int]] = {}
     for index, (mine, other) in enumerate(zip(layer_options(ours), layer_options(theirs), strict=True)):
         unequal = [key for key in {**mine, **other} if mine.get(key) != other.get(key)]
         if unequal:
-            values = ", ".join(f"{key} is {mine.get(key)} here and {other.get(key)} there" for key in unequal)
-            found.append(f"layer {index}: {values}")
-    return found
+            kinds = [key for key in unequal if "." not in key]  # where these differ, all options do
+            values = [f"{key} is {mine.get(key)} here and {other.get(key)} there" for key in kinds or unequal]
+            layers.setdefault(", ".join(values), []).append(index)
+    return [*found, *(f"{_numbered(indices)}: {values}" for values, indices in layers.items())]
+
+
+def _numbered(indices: Sequence[int]) -> str:
+    if len(indices) == 1:
+        return f"layer {indices[0]}"
+    return f"layers {', '.join(str(index) for index in indices[:LISTED])}" + (", ..." if len(indices) > LISTED else "")
 
 
 def layer_options(config: ModelConfig) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from .checkpoint import CONFIG_FILE, read_config
 from .evo2 import Evo2
 from .files import InterchangeError
 from .jamba import Jamba
-from .layout import Layout, parse_config
+from .layout import Layout, foreign_layers, listed, misfits, parse_config
 from .llama import Llama
 from .mamba import HuggingFaceMamba
 from .mamba2 import HuggingFaceMamba2
@@ -49,3 +49,15 @@ def identify(config: Mapping[str, Any], directory: str | Path) -> tuple[Layout, 
 def load_config(directory: str | Path) -> ModelConfig:
     """The description of the model that a checkpoint holds; no tensor is touched. InterchangeError as `load_into`."""
     return identify(read_config(Path(directory)), directory)[1]
+
+
+def alternatives(config: ModelConfig, asked: str) -> str:
+    """Which layouts can hold a model that the one asked for cannot; where none can, why the nearest does not."""
+    found = {name: misfits(layout, config) for name, layout in LAYOUTS.items()}
+    fitting = [name for name, reasons in found.items() if not reasons]
+    if fitting:
+        return f"{' or '.join(fitting)} can hold it"
+    distance = {name: (len(foreign_layers(LAYOUTS[name], config)), len(found[name]), name != asked) for name in LAYOUTS}
+    nearest = min(LAYOUTS, key=lambda name: distance[name])
+    others = f"nor as any other ({', '.join(name for name in LAYOUTS if name != asked)})"
+    return others if nearest == asked else f"{others}, of which {nearest} is nearest: {listed(found[nearest])}"

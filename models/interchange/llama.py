@@ -15,6 +15,7 @@ class Llama(Layout):
     """Rotary attention and SwiGLU in every layer."""
 
     name = "llama"
+    mixers, feed_forwards = ("attention",), ("mlp",)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("model_type") == "llama"

@@ -12,7 +12,7 @@ from ...parallel import local_part
 from ..language_model import LanguageModel
 from .checkpoint import CheckpointReader
 from .files import BUFFER_BYTES, InterchangeError, Region
-from .layout import Layout, differences, tensor_map
+from .layout import Layout, differences, listed, tensor_map
 from .layouts import identify
 from .mapping import Piece, Shape, TensorMap, local_region
 
@@ -39,14 +39,11 @@ def load_pretrained(
     return model
 
 
-def load_into(model: LanguageModel, directory: str | Path, *, same_config: bool = True) -> None:
+def load_into(model: LanguageModel, directory: str | Path) -> None:
     """Overwrite the parameters of a model, which may be sharded; every process reads what it holds and little more.
 
     Nothing of the size of the checkpoint, or of a whole parameter, is ever in memory. No process group takes part:
     every process must be able to read the directory.
-
-    Args:
-        same_config: False lets options differ that do not show in names and shapes, such as the rotary base.
 
     Raises:
         InterchangeError: no checkpoint, one in pickle files, an unknown layout or option, another model; or tensors
@@ -55,9 +52,8 @@ def load_into(model: LanguageModel, directory: str | Path, *, same_config: bool 
     """
     with CheckpointReader(directory) as reader:
         layout, config = identify(reader.config, directory)
-        found = differences(model.config, config) if same_config else []
-        if found:
-            raise InterchangeError(f"{directory} holds another model: {'; '.join(found)}")
+        if found := differences(model.config, config):
+            raise InterchangeError(f"{directory} holds another model: {listed(found)}")
         fill(model, checked_map(model, layout, reader), reader)
 
 

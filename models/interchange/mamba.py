@@ -15,59 +15,72 @@ class HuggingFaceMamba(Layout):
     """Mamba and nothing else in every layer."""
 
     name = "mamba"
+    mixers, feed_forwards = ("mamba",), ("none",)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("model_type") == "mamba"
 
     def read_config(self, stored: Stored) -> dict[str, Any]:
-        stored.only("hidden_act", "silu", "swish")
-        width = stored.need("hidden_size")
-        return {
-            "vocab_size": stored.need("vocab_size"),
-            "width": width,
-            "layers": f"[mamba] x {stored.need('num_hidden_layers')}",
-            "feed_forward": "none",
-            "norm": "rms",
-            "norm_eps": stored.get("layer_norm_epsilon", 1e-5),
-            "tie_embeddings": stored.get("tie_word_embeddings", True),
-            "init_std": stored.get("initializer_range", 0.1),
-            "mamba": {
-                "state": stored.get("state_size", 16),
-                "conv": stored.get("conv_kernel", 4),
-                "expand": whole_number(stored, "expand", 2),
-                "dt_rank": read_step_rank(stored, "time_step_rank", width),
-                "dt_min": stored.get("time_step_min", 1e-3),
-                "dt_max": stored.get("time_step_max", 1e-1),
-                "conv_bias": stored.get("use_conv_bias", True),
-                "bias": stored.get("use_bias", False),
-            },
-        }
+        dt_rank = read_step_rank(stored, "time_step_rank", stored.need("hidden_size"))
+        return read_frame(stored, "mamba", tied=True, state=16, own={"dt_rank": dt_rank})
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         mamba = first_of(config, "mamba")
         return {
             "model_type": "mamba",
             "architectures": ["MambaForCausalLM"],
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.width,
-            "num_hidden_layers": len(config.plan),
-            "layer_norm_epsilon": config.norm_eps,
-            "tie_word_embeddings": config.tie_embeddings,
-            "initializer_range": config.init_std,
-            "hidden_act": "silu",
-            "state_size": mamba.get("state"),
-            "conv_kernel": mamba.get("conv"),
-            "expand": mamba.get("expand"),
+            **write_frame(config, "mamba"),
             "intermediate_size": mamba.get("expand", 0) * config.width,
             "time_step_rank": mamba.get("dt_rank"),
-            "time_step_min": config.mamba.dt_min,
-            "time_step_max": config.mamba.dt_max,
-            "use_conv_bias": mamba.get("conv_bias"),
-            "use_bias": mamba.get("bias"),
         }
 
     def map_tensors(self, config: ModelConfig, tensors: TensorMap) -> None:
         map_backbone(config, tensors, "backbone.embeddings.weight")
+
+
+def read_frame(stored: Stored, kind: str, *, tied: bool, state: int, own: dict[str, Any]) -> dict[str, Any]:
+    """What Mamba and Mamba-2 describe alike; the layout's defaults, and the mixer's `own` options."""
+    stored.only("hidden_act", "silu", "swish")
+    return {
+        "vocab_size": stored.need("vocab_size"),
+        "width": stored.need("hidden_size"),
+        "layers": f"[{kind}] x {stored.need('num_hidden_layers')}",
+        "feed_forward": "none",
+        "norm": "rms",
+        "norm_eps": stored.get("layer_norm_epsilon", 1e-5),
+        "tie_embeddings": stored.get("tie_word_embeddings", tied),
+        "init_std": stored.get("initializer_range", 0.1),
+        kind: {
+            "state": stored.get("state_size", state),
+            "conv": stored.get("conv_kernel", 4),
+            "expand": whole_number(stored, "expand", 2),
+            "dt_min": stored.get("time_step_min", 1e-3),
+            "dt_max": stored.get("time_step_max", 1e-1),
+            "conv_bias": stored.get("use_conv_bias", True),
+            "bias": stored.get("use_bias", False),
+            **own,
+        },
+    }
+
+
+def write_frame(config: ModelConfig, kind: str) -> dict[str, Any]:
+    options, steps = first_of(config, kind), getattr(config, kind)
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": len(config.plan),
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.init_std,
+        "hidden_act": "silu",
+        "state_size": options.get("state"),
+        "conv_kernel": options.get("conv"),
+        "expand": options.get("expand"),
+        "time_step_min": steps.dt_min,
+        "time_step_max": steps.dt_max,
+        "use_conv_bias": options.get("conv_bias"),
+        "use_bias": options.get("bias"),
+    }
 
 
 def map_backbone(config: ModelConfig, tensors: TensorMap, embedding: str) -> None:

@@ -20,6 +20,7 @@ class Mixtral(Llama):
     """Llama with experts in place of SwiGLU; the chosen experts' probabilities are renormalised."""
 
     name = "mixtral"
+    mixers, feed_forwards = ("attention",), ("moe",)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("model_type") == "mixtral"

@@ -21,6 +21,7 @@ class HuggingFaceRWKV(Layout):
     """Time mix and channel mix in every layer, and a norm after the embedding."""
 
     name = "rwkv"
+    mixers, feed_forwards = ("rwkv4",), ("channel_mix",)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("model_type") == "rwkv"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from ..language_model import LanguageModel
 from .checkpoint import FILE_BYTES, CheckpointWriter, refuse_occupied
 from .files import InterchangeError
 from .layout import tensor_map, write_config
-from .layouts import LAYOUTS
+from .layouts import LAYOUTS, alternatives
 from .mapping import TensorMap
 
 
@@ -25,7 +24,7 @@ def save_pretrained(
     *,
     layout: str,
     dtype: torch.dtype | None = None,
-    extra: Mapping[str, Any] | None = None,
+    token_ids: Mapping[str, int | None] | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> None:
     """Write a checkpoint that the layout's own software reads.
@@ -36,7 +35,8 @@ def save_pretrained(
         directory: made if need be; it must not hold a checkpoint.
         layout: a name in `LAYOUTS`.
         dtype: of the stored tensors; the parameters' when not given.
-        extra: more of config.json, ids of special tokens say.
+        token_ids: of special tokens (eos_token_id), for config.json where that is transformers', which otherwise takes
+            ids of its own for them.
         file_bytes: the longest file; there are several, with an index, if the model does not fit in one.
 
     Raises:
@@ -46,8 +46,12 @@ def save_pretrained(
     if layout not in LAYOUTS:
         raise InterchangeError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     dtype = dtype or model.embedding.weight.dtype
-    values = write_config(LAYOUTS[layout], model.config)
-    values |= {"dtype": str(dtype).removeprefix("torch."), **(extra or {})}
+    try:
+        values = write_config(LAYOUTS[layout], model.config)
+    except InterchangeError as error:
+        raise InterchangeError(f"{error}; {alternatives(model.config, layout)}") from None
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    values |= token_ids or {} if "architectures" in values else {}
     tensors = tensor_map(LAYOUTS[layout], model.config)
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     writes = not sharded or dist.get_rank() == 0

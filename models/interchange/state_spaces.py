@@ -20,6 +20,7 @@ class StateSpaces(Layout):
     """The embedding has as many rows as the vocabulary rounded up to `pad_vocab_size_multiple`."""
 
     name = "state-spaces"
+    mixers, feed_forwards = ("mamba", "mamba2"), ("none",)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return "d_model" in config and "n_layer" in config and "model_type" not in config

@@ -20,6 +20,7 @@ class StripedHyena7B(Layout):
     """The model of December 2023; Evo 2 is another layout."""
 
     name = "striped-hyena-7b"
+    mixers, feed_forwards = ("modal_hyena", "attention"), ("mlp",)
     prefix = "backbone."
 
     def recognises(self, config: Mapping[str, Any]) -> bool:

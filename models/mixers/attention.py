@@ -31,11 +31,17 @@ QUERIES_AT_ONCE = 512
 
 
 class AttentionOptions(MixerOptions):
-    """`heads`: H; `kv_heads`: G, by default H; `head_dim`: K, by default width / heads.
+    """Causal softmax attention.
 
-    `rotary_dim`: how many of the K are rotated, by default all; `rotary_scale`: positions are divided by it (position
-    interpolation, arXiv 2306.15595); `bias`: of all projections, or of the last one alone ("out"); `window`: W, by
-    default all of the document.
+    Attributes:
+        heads: query heads.
+        kv_heads: heads of keys and values, which query heads share; by default as many as `heads`.
+        head_dim: width of a head; by default width / heads.
+        rotary_base: of the rotary positions' wavelengths; null: no positions.
+        rotary_dim: how many features of a head are rotated; by default all.
+        rotary_scale: positions are divided by it (position interpolation, arXiv 2306.15595).
+        bias: whether all projections have biases; "out": the last one alone.
+        window: a token attends to so many tokens, itself among them; by default all of its document.
     """
 
     heads: int = Field(default=8, ge=1)
@@ -92,8 +98,10 @@ class Attention(Mixer):
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         positions_T = self.position(state) + torch.arange(shard.start, shard.stop, device=x_BTD.device)
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, positions_T)
-        known_BS2GK = torch.stack([state["keys"], state["values"]], dim=2)
-        kv_BT2GK, past = torch.stack([k_BTGK, v_BTGK], dim=2), known_BS2GK.shape[1]
+        kv_BT2GK = torch.stack([k_BTGK, v_BTGK], dim=2)
+        # under autocast the projections have another dtype than the parameters, which a state begins with
+        known_BS2GK = torch.stack([state["keys"], state["values"]], dim=2).to(kv_BT2GK.dtype)
+        past = known_BS2GK.shape[1]
         if self.window is not None:
             kv_BS2GK = torch.cat([known_BS2GK, self.before(kv_BT2GK, shard)], dim=1)
             out_BTHK = window_attention(q_BTHK, kv_BS2GK, self.window)
@@ -151,8 +159,8 @@ class Attention(Mixer):
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         positions_1 = self.position(state) + torch.zeros(1, device=x_BD.device, dtype=torch.int64)
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BD.unsqueeze(1), positions_1)
-        keys_BSGK = torch.cat([state["keys"], k_BTGK], dim=1)
-        values_BSGK = torch.cat([state["values"], v_BTGK], dim=1)
+        keys_BSGK = torch.cat([state["keys"].to(k_BTGK.dtype), k_BTGK], dim=1)
+        values_BSGK = torch.cat([state["values"].to(v_BTGK.dtype), v_BTGK], dim=1)
         out_BTHK, _ = attention(q_BTHK, keys_BSGK, values_BSGK, query_start=keys_BSGK.shape[1] - 1)
         following = self.remembered(torch.stack([keys_BSGK, values_BSGK], dim=2), state, 1)
         return self.out_proj(out_BTHK.flatten(1)), following

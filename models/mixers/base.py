@@ -137,9 +137,17 @@ class Mixer(ParameterModule, ABC):
         does not grow with the sequence, and what a layer learns by other means than gradients.
         """
 
-    @abstractmethod
     def state_bytes(self, context: int) -> int:
-        """Bytes of the decoding state of one sequence after `context` tokens, in the dtype of the parameters."""
+        """Bytes of the decoding state of one sequence after `context` tokens, in the dtype of the parameters.
+
+        Those of `init_state`; families whose state grows count for themselves.
+        """
+        return state_nbytes(self.init_state(1, torch.device("meta"), next(self.parameters()).dtype))
+
+
+def state_nbytes(state: State) -> int:
+    """Bytes of a state."""
+    return sum(tensor.nbytes for tensor in state.values())
 
 
 def step_through(
@@ -178,6 +186,20 @@ def window_before(x_BTD: Tensor, carried_BWD: Tensor, shard: SequenceShard) -> T
     if shard.start >= width:
         return before_BWD
     return torch.cat([carried_BWD[:, shard.start :], before_BWD[:, width - shard.start :]], dim=1)
+
+
+def window_after(before_BWD: Tensor, x_BTD: Tensor) -> Tensor:
+    """The last W tokens of this shard and of the W before it."""
+    return torch.cat([before_BWD, x_BTD], dim=1)[:, x_BTD.shape[1] :]
+
+
+def convolve_token(
+    x_BD: Tensor, before_BWD: Tensor, weight_DW: Tensor, bias_D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`short_convolution` of one token after the others that its taps reach; and those of the next token."""
+    window_BWD = torch.cat([before_BWD, x_BD.unsqueeze(1)], dim=1)
+    y_BD = torch.einsum("bwd,dw->bd", window_BWD, weight_DW)
+    return y_BD if bias_D is None else y_BD + bias_D, window_BWD[:, 1:]
 
 
 def long_convolution_flops(context: int) -> float:

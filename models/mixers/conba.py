@@ -37,9 +37,23 @@ from .mamba import Mamba, MambaOptions
 
 
 class ConbaOptions(MixerOptions):
-    """`variant`: see the module. Of Mamba's options `linear` heeds `state`, `expand`, `dt_min`, `dt_max` and `exact`
-    only `state`. `selector`: width of `linear`'s selection, by default width / 4; `gain`: the sign of K's moves;
-    `solver`: whether `exact`'s processes take turns or solve for all tokens at once; `noise`: see the module."""
+    """MixCon's control mixer.
+
+    Attributes:
+        variant: how the paper's equations are completed: as the authors' code (released), as a closed loop linear in
+            its state (linear: the one to train split), or as printed (exact: processes take turns).
+        state: size of the state of a channel.
+        expand: inner channels for each of the width; not heeded by `exact`.
+        conv: taps of the short convolution of `released`.
+        dt_rank: rank of the step sizes of `released`; by default width / 16, rounded up.
+        dt_min: the smallest step size at first; not heeded by `exact`.
+        dt_max: the largest step size at first; not heeded by `exact`.
+        selector: width of the selection of `linear`; by default width / 4, rounded up.
+        online_rate: how fast the gain K moves; not heeded by `linear`.
+        gain: the sign of K's moves in `released`: to `reduce` the outputs, or as the authors have it.
+        solver: whether the processes of `exact` take turns or solve for all tokens at once.
+        noise: standard deviation of the noise in training; `released` has none.
+    """
 
     variant: Literal["released", "linear", "exact"] = "released"
     state: int = Field(default=16, ge=1)

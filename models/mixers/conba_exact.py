@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.autograd import own_precision
 from ...parallel import SequenceShard, sequential_state
 from ..noise import NOISE, normal_numbers
 from ..parameters import Linear, at_least_float32, constant, fan_in_uniform, normal
@@ -91,6 +92,7 @@ class ExactConba(Mixer):
 
         return sequential_state(run, first, shard)
 
+    @own_precision
     def advance(self, desired: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token: (C x_{k+1}, the next state). `state`: x, e of the token before, and K.
 
@@ -113,7 +115,7 @@ class ExactConba(Mixer):
     def initial(self, batch: int, like: Tensor) -> Tensor:
         """(B, 2 N + N^2)"""
         rest = like.new_zeros(2 * self.state)
-        return torch.cat([rest, self.control_gain.flatten().to(like.dtype)]).expand(batch, -1)
+        return torch.cat([rest, self.control_gain.flatten().to(like)]).expand(batch, -1)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
         like = torch.empty(0, device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -128,6 +130,3 @@ class ExactConba(Mixer):
         # K is applied, and moved by an outer product with (C B)' e
         gain = 3 * 2.0 * self.state**2
         return linear_flops(*matrices, self.out_proj.weight) + gain
-
-    def state_bytes(self, context: int) -> int:
-        return self.state * (self.state + 2) * torch.promote_types(self.A.dtype, torch.float32).itemsize

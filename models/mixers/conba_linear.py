@@ -10,7 +10,8 @@
 
 The desired output is v_t = W_v x_t, and the observer reads with the key it writes with. So the state goes through
 a_t I - kappa r_t k_t k_t', whose norm is at most 1: the loop cannot run away. With W_o, a norm before it, and one a, r
-and kappa a head. Computed as
+and kappa a head. kappa, a sigmoid of a parameter, is learned with the others and by nothing else: the paper's online
+update of the gain (11), which could move it between steps, is left out. Computed as
 
     y_t = S_{t-1} ((a_t - kappa r_t) k_t + q_t) + (kappa r_t + D) v_t
 
@@ -24,7 +25,6 @@ Shapes: B batch, T local tokens, D model width, G selection width, H heads, N wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,12 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...parallel import SequenceShard
-from ..matrix_memory import MatrixMemory
 from ..noise import NOISE, normal_numbers
 from ..parameters import Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, normal
 from ..token_shift import token_shift
 from .base import LayerPlace, Mixer, Shared, State, linear_flops
 from .mamba import log_uniform_step_sizes
+from .mamba2 import log_of_uniform
+from .matrix_memory import MatrixMemory
 
 
 class Loop(NamedTuple):
@@ -79,7 +80,7 @@ class LinearConba(Mixer):
         self.select_value = Linear(width, selector, fan_in_uniform(), bias=True, bias_init=constant(1.0))
         self.select_out = Linear(selector, sum(self.sizes), fan_in_uniform())
         self.step_bias = self.parameter("step_bias", (heads,), log_uniform_step_sizes(*steps))
-        self.A_log = self.parameter("A_log", (heads,), log_of_one_to_sixteen)
+        self.A_log = self.parameter("A_log", (heads,), log_of_uniform)
         self.scaling = Linear(width, heads, normal(place.init_std), bias=True)
         self.control_gain = self.parameter("control_gain", (heads,), constant(2.0))
         self.value = Linear(width, channels, fan_in_uniform())
@@ -165,11 +166,3 @@ class LinearConba(Mixer):
         # an element of the state is decayed (a product), compared with what is wanted, corrected and read (two each)
         loop = 7.0 * len(self.D) * self.state
         return linear_flops(*(matrix.weight for matrix in matrices)) + loop
-
-    def state_bytes(self, context: int) -> int:
-        return len(self.D) * self.state * torch.promote_types(self.D.dtype, torch.float32).itemsize
-
-
-def log_of_one_to_sixteen(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """log U(1, 16)"""
-    return torch.log(1 + 15 * torch.rand(tuple(shape), generator=generator))

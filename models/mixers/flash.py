@@ -19,7 +19,6 @@ S features of queries and keys, E inner channels.
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ...kernels.autograd import own_precision
 from ...parallel import Constant, SequenceShard, halo, prefix_state
 from ..parameters import at_least_float32
 from .base import LayerPlace, State, linear_flops, window_before
@@ -34,7 +34,11 @@ from .gau import GatedUnit, GatedUnitOptions
 
 
 class FlashOptions(GatedUnitOptions):
-    """`chunk`: C; the rest: see `GatedUnitOptions`."""
+    """Gated attention in chunks.
+
+    Attributes:
+        chunk: tokens of a chunk, inside which attention is quadratic.
+    """
 
     chunk: int = Field(default=256, ge=1)
 
@@ -53,12 +57,12 @@ class Flash(GatedUnit):
         device, length = x_BTD.device, x_BTD.shape[1]
         positions_T = torch.arange(shard.start, shard.stop, device=device)
         u_BTE, v_BTE, (q_BTS, k_BTS, q_lin_BTS, k_lin_BTS) = self.project(x_BTD, positions_T)
-        told = torch.cat([k_BTS, k_lin_BTS, v_BTE], dim=-1)
-        told = torch.cat([halo(told, self.chunk, shard), told], dim=1)
-        entering_BSE = self.entering(told, shard)
+        kv = torch.cat([k_BTS, k_lin_BTS, v_BTE], dim=-1)
+        kv = torch.cat([halo(kv, self.chunk, shard), kv], dim=1)
+        entering_BSE = self.entering(kv, shard)
         # whole blocks, the block before the first included; what is added at the end is cut off again
         sizes = [self.key_dim, self.key_dim, self.channels]
-        k_BICS, k_lin_BICS, v_BICE = self.blocks(told).split(sizes, dim=-1)
+        k_BICS, k_lin_BICS, v_BICE = self.blocks(kv).split(sizes, dim=-1)
         queries = self.blocks(torch.cat([q_BTS, q_lin_BTS], dim=-1) * self.key_dim**-0.5)
         q_BICS, q_lin_BICS = queries.split(self.key_dim, dim=-1)
         reach = Reach.of(shard, self.chunk, device)
@@ -66,7 +70,7 @@ class Flash(GatedUnit):
         near_BICE, last_BICE = v_BICE[:, :-1], v_BICE[:, 1:]
         out_BICE = weights_BICW[..., : self.chunk] @ near_BICE + weights_BICW[..., self.chunk :] @ last_BICE
         sums_BISE = self.running_sums(entering_BSE, k_lin_BICS, v_BICE, reach)
-        far_BICE = at_least_float32(q_lin_BICS) @ sums_BISE
+        far_BICE = wide_product(q_lin_BICS, sums_BISE)
         far_BICE = (far_BICE / reach.before_chunk_BIC1).masked_fill(~reach.far_BIC1, 0)
         out_BTE = (out_BICE + far_BICE).flatten(1, 2)[:, :length]
         return self.out_proj(u_BTE * out_BTE.to(x_BTD.dtype))
@@ -80,27 +84,24 @@ class Flash(GatedUnit):
         u_BTE, v_BTE, (q_BTS, k_BTS, q_lin_BTS, k_lin_BTS) = self.project(x_BTD, positions_T)
         carried = torch.cat([state["keys"], state["linear_keys"], state["values"]], dim=-1)
         carried = F.pad(carried, (0, 0, self.chunk - 1 - begun, 0))
-        told = torch.cat([k_BTS, k_lin_BTS, v_BTE], dim=-1)
-        missing = first % self.chunk
-        told = torch.cat([window_before(told, carried, shard), told], dim=1)[:, self.chunk - 1 - missing :]
+        kv = torch.cat([k_BTS, k_lin_BTS, v_BTE], dim=-1)
+        missing = first % self.chunk  # tokens of this shard's first chunk that stand before it
+        kv = torch.cat([window_before(kv, carried, shard), kv], dim=1)[:, self.chunk - 1 - missing :]
         sizes = [self.key_dim, self.key_dim, self.channels]
-        k_BICS, k_lin_BICS, v_BICE = self.blocks(told).split(sizes, dim=-1)
+        k_BICS, k_lin_BICS, v_BICE = self.blocks(kv).split(sizes, dim=-1)
         queries = F.pad(torch.cat([q_BTS, q_lin_BTS], dim=-1) * self.key_dim**-0.5, (0, 0, missing, 0))
         q_BICS, q_lin_BICS = self.blocks(queries).split(self.key_dim, dim=-1)
         out_BICE = F.relu((q_BICS @ k_BICS.mT).tril()).square() / self.chunk @ v_BICE
-        complete = told.shape[1] // self.chunk
-        fed_BISE = at_least_float32(k_lin_BICS[:, :complete]).mT @ at_least_float32(v_BICE[:, :complete])
-        entering_BSE = state["sum"]
-        if shard.size > 1:
-            own_BSE = fed_BISE.sum(dim=1) + (entering_BSE if shard.rank == 0 else 0)
-            before_BSE = prefix_state(Constant(own_BSE.new_zeros(())), own_BSE, shard)
-            entering_BSE = before_BSE if shard.rank else entering_BSE
+        complete = kv.shape[1] // self.chunk
+        fed_BISE = wide_product(k_lin_BICS[:, :complete].mT, v_BICE[:, :complete])
+        undiminished = Constant(fed_BISE.new_zeros(()))
+        entering_BSE = prefix_state(undiminished, fed_BISE.sum(dim=1), shard, initial=state["sum"])
         sums_BISE = torch.cat([entering_BSE.unsqueeze(1), fed_BISE], dim=1).cumsum(dim=1)
         before_I = position_1 - missing + self.chunk * torch.arange(v_BICE.shape[1], device=x_BTD.device)
-        far_BICE = at_least_float32(q_lin_BICS) @ sums_BISE[:, : v_BICE.shape[1]]
+        far_BICE = wide_product(q_lin_BICS, sums_BISE[:, : v_BICE.shape[1]])
         out_BTE = (out_BICE + far_BICE / before_I.clamp(min=1).view(-1, 1, 1)).flatten(1, 2)
         y_BTD = self.out_proj(u_BTE * out_BTE[:, missing : missing + length].to(x_BTD.dtype))
-        rest = told[:, complete * self.chunk :].split(sizes, dim=-1)
+        rest = kv[:, complete * self.chunk :].split(sizes, dim=-1)
         cache = dict(zip(("keys", "linear_keys", "values"), rest, strict=True))
         after_1 = position_1 - missing + complete * self.chunk
         return y_BTD, {**cache, "sum": sums_BISE[:, complete], "tokens_before": after_1}
@@ -111,29 +112,29 @@ class Flash(GatedUnit):
         linear = _scores(q_lin_BICS, k_lin_BICS) / reach.before_chunk_BIC1.to(q_BICS.dtype)
         return torch.where(reach.in_chunk_BICW, quadratic, linear.masked_fill(~reach.in_document_BICW, 0))
 
-    def entering(self, told: Tensor, shard: SequenceShard) -> Tensor:
+    def entering(self, kv: Tensor, shard: SequenceShard) -> Tensor:
         """(B, S, E), float32 or better: the sum over the document's tokens before the block that precedes this shard.
 
         So what a shard tells is the sum over its tokens moved back by one chunk, all of which it has.
         """
-        state_dtype = torch.promote_types(told.dtype, torch.float32)
+        state_dtype = torch.promote_types(kv.dtype, torch.float32)
         if shard.size == 1:
-            return told.new_zeros(told.shape[0], self.key_dim, self.channels, dtype=state_dtype)
-        told = told[:, : shard.local_length].to(state_dtype)
-        k_lin_BTS, v_BTE = told[..., self.key_dim :].split([self.key_dim, self.channels], dim=-1)
-        starts_BT = document_starts(shard, shard.start - self.chunk, shard.stop - self.chunk, told.device)
+            return kv.new_zeros(kv.shape[0], self.key_dim, self.channels, dtype=state_dtype)
+        kv = kv[:, : shard.local_length].to(state_dtype)
+        k_lin_BTS, v_BTE = kv[..., self.key_dim :].split([self.key_dim, self.channels], dim=-1)
+        starts_BT = shard.start_mask_of(shard.start - self.chunk, shard.stop - self.chunk, kv.device)
         reset_B = None
         if starts_BT is not None:
             k_lin_BTS = k_lin_BTS * _survives(starts_BT).unsqueeze(-1)
             reset_B = starts_BT.any(dim=1)
-        undiminished = Constant(told.new_zeros(()), reset_B)
-        return prefix_state(undiminished, k_lin_BTS.transpose(1, 2) @ v_BTE, shard)
+        undiminished = Constant(kv.new_zeros(()), reset_B)
+        return prefix_state(undiminished, wide_product(k_lin_BTS.mT, v_BTE), shard)
 
     def running_sums(self, sum_BSE: Tensor, k_lin_BICS: Tensor, v_BICE: Tensor, reach: Reach) -> Tensor:
         """(B, I, S, E): for every block i the sum over the document's tokens before block i - 1."""
         if reach.survives_BIC is not None:
             k_lin_BICS = k_lin_BICS * reach.survives_BIC.unsqueeze(-1)
-        own_BISE = at_least_float32(k_lin_BICS[:, :-2]).transpose(2, 3) @ at_least_float32(v_BICE[:, :-2])
+        own_BISE = wide_product(k_lin_BICS[:, :-2].mT, v_BICE[:, :-2])
         sums = [sum_BSE]
         for block, own_BSE in enumerate(own_BISE.unbind(dim=1)):
             if reach.resets_BI is not None:
@@ -162,11 +163,10 @@ class Flash(GatedUnit):
         scale, sum_BSE = self.key_dim**-0.5, state["sum"]
         weights_B1C = F.relu((q_B1S * scale) @ cache["keys"].transpose(1, 2)).square() / self.chunk
         mean_BSE = sum_BSE / before_1.clamp(min=1)
-        out_B1E = weights_B1C @ cache["values"] + (q_lin_B1S * scale).to(sum_BSE.dtype) @ mean_BSE
+        out_B1E = weights_B1C @ cache["values"] + wide_product(q_lin_B1S * scale, mean_BSE)
         y_BD = self.out_proj((u_B1E * out_B1E.to(x_BD.dtype)).squeeze(1))
         if cache["keys"].shape[1] == self.chunk:  # the chunk is complete: what it held goes into the sum
-            wide = {name: tensor.to(sum_BSE.dtype) for name, tensor in cache.items()}
-            sum_BSE = sum_BSE + wide["linear_keys"].transpose(1, 2) @ wide["values"]
+            sum_BSE = sum_BSE + wide_product(cache["linear_keys"].mT, cache["values"])
             before_1 = before_1 + self.chunk
             cache = {name: tensor[:, :0] for name, tensor in cache.items()}
         return y_BD, {**cache, "sum": sum_BSE, "tokens_before": before_1}
@@ -218,7 +218,7 @@ class Reach:
         key_I1W = base_I11 + torch.arange(2 * chunk, device=device)
         before_BIC1 = (query_IC1 - begin_BIC1) // chunk * chunk
         chunk_begin_BIC1 = begin_BIC1 + before_BIC1
-        starts_BT = document_starts(shard, shard.start - chunk, shard.start + num_blocks * chunk, device)
+        starts_BT = shard.start_mask_of(shard.start - chunk, shard.start + num_blocks * chunk, device)
         starts_BIC = None if starts_BT is None else starts_BT.unflatten(1, (num_blocks + 1, chunk))
         return cls(
             in_chunk_BICW=(key_I1W >= chunk_begin_BIC1) & (key_I1W <= query_IC1),
@@ -230,6 +230,12 @@ class Reach:
         )
 
 
+@own_precision
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """The matrix product in float32 or better, under autocast too: of what makes or reads sums over the sequence."""
+    return at_least_float32(left) @ at_least_float32(right)
+
+
 def _scores(q_BICS: Tensor, k_BICS: Tensor) -> Tensor:
     """(B, I, C, W): the queries of block i against blocks i - 1 and i."""
     near, last = (q_BICS @ part.transpose(2, 3) for part in (k_BICS[:, :-1], k_BICS[:, 1:]))
@@ -239,14 +245,3 @@ def _scores(q_BICS: Tensor, k_BICS: Tensor) -> Tensor:
 def _survives(starts: Tensor) -> Tensor:
     """Where no document begins later along the last dimension."""
     return (starts.flip(-1).cumsum(dim=-1).flip(-1) - starts.int()) == 0
-
-
-def document_starts(shard: SequenceShard, first: int, last: int, device: torch.device) -> Tensor | None:
-    """(B or 1, last - first) bool: where documents begin among the global positions [first, last); None if nowhere."""
-    if shard.document_starts is None:
-        return None
-    mask = torch.zeros(len(shard.document_starts), last - first, dtype=torch.bool)
-    for row, starts in enumerate(shard.document_starts):
-        here = starts[bisect.bisect_left(starts, first) : bisect.bisect_left(starts, last)]
-        mask[row, [position - first for position in here]] = True
-    return mask.to(device, non_blocking=True)

@@ -20,11 +20,15 @@ from torch import Tensor
 from ...kernels import short_convolution
 from ...parallel import SequenceShard, projected_halo
 from ..parameters import Linear, fan_in_uniform, normal, uniform
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
+from .base import LayerPlace, Mixer, MixerOptions, State, convolve_token, linear_flops, window_after, window_before
 
 
 class GatedConvolutionOptions(MixerOptions):
-    """`conv`: W."""
+    """What the operators of both StripedHyenas have.
+
+    Attributes:
+        conv: taps of the short convolution before the gates.
+    """
 
     conv: int = Field(default=3, ge=2)
 
@@ -89,7 +93,7 @@ class GatedConvolution(Mixer):
             short_convolution(streams_BTM, self.conv_weight, self.conv_bias, halo=before_BWM)
         )
         y_BTD, long = self.convolution_prefill(k_BTD * v_BTD, state["long"], shard)
-        short_BWM = torch.cat([before_BWM, streams_BTM], dim=1)[:, -before_BWM.shape[1] :]
+        short_BWM = window_after(before_BWM, streams_BTM)
         return self.out_proj((q_BTD * y_BTD).to(x_BTD.dtype)), {"short": short_BWM, "long": long}
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -98,17 +102,11 @@ class GatedConvolution(Mixer):
         return {"short": short, "long": self.convolution_state(batch, device, dtype)}
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
-        window_BWM = torch.cat([state["short"], self.in_proj(x_BD).unsqueeze(1)], dim=1)
-        streams_BM = torch.einsum("bwm,mw->bm", window_BWM, self.conv_weight)
-        q_BD, k_BD, v_BD = self.split(streams_BM if self.conv_bias is None else streams_BM + self.conv_bias)
+        streams_BM, short_BWM = convolve_token(self.in_proj(x_BD), state["short"], self.conv_weight, self.conv_bias)
+        q_BD, k_BD, v_BD = self.split(streams_BM)
         y_BD, long = self.convolution_step(k_BD * v_BD, state["long"])
-        return self.out_proj((q_BD * y_BD).to(x_BD.dtype)), {"short": window_BWM[:, 1:], "long": long}
+        return self.out_proj((q_BD * y_BD).to(x_BD.dtype)), {"short": short_BWM, "long": long}
 
     def flops_per_token(self, context: int) -> float:
         matrices = linear_flops(self.in_proj.weight, self.conv_weight, self.out_proj.weight)
         return matrices + self.convolution_flops()
-
-    def state_bytes(self, context: int) -> int:
-        dtype = self.conv_weight.dtype
-        state = self.init_state(1, torch.device("meta"), dtype)
-        return sum(tensor.nbytes for tensor in state.values())

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import rotary
-from ...kernels.attention import Range
+from ...kernels.attention import Positions
 from ...parallel import SequenceShard, pair_sum
 from ..parameters import Linear, constant, fan_in_uniform
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, tokens_so_far
@@ -34,22 +34,21 @@ SCORES_AT_ONCE = 1 << 24
 
 
 class GatedUnitOptions(MixerOptions):
-    """`key_dim`: S; `expand`: E = expand x D."""
+    """What gated attention units have.
 
-    key_dim: int = Field(default=128, ge=2)
+    Attributes:
+        key_dim: features of queries and keys, even: rotary positions turn pairs.
+        expand: inner channels for each of the width.
+        rotary_base: of the rotary positions' wavelengths.
+    """
+
+    key_dim: int = Field(default=128, ge=2, multiple_of=2)
     expand: int = Field(default=2, ge=1)
     rotary_base: float = Field(default=10000.0, gt=0)
 
-    @field_validator("key_dim")
-    @classmethod
-    def _even(cls, key_dim: int) -> int:
-        if key_dim % 2:
-            raise ValueError(f"key_dim must be even for rotary positions, not {key_dim}")
-        return key_dim
-
 
 class GAUOptions(GatedUnitOptions):
-    """See `GatedUnitOptions`."""
+    """A gated attention unit; see `GatedUnitOptions`."""
 
     def build(self, place: LayerPlace) -> GAU:
         return GAU(self, place)
@@ -93,13 +92,13 @@ class GAU(GatedUnit):
         past = state["keys"].shape[1]
         positions_T = past + torch.arange(shard.start, shard.stop, device=x_BTD.device)
         u_BTE, v_BTE, (q_BTS, k_BTS) = self.project(x_BTD, positions_T)
-        told = torch.cat([k_BTS, v_BTE], dim=-1)
+        keys_values = torch.cat([k_BTS, v_BTE], dim=-1)
         known = torch.cat([state["keys"], state["values"]], dim=-1)
-        sums_BTE = pair_sum(squared_relu, q_BTS, told, shard)
+        sums_BTE = pair_sum(squared_relu, q_BTS, keys_values, shard)
         if past:
-            sums_BTE = sums_BTE + squared_relu(q_BTS, known, Range(past + shard.start, 0, None))
+            sums_BTE = sums_BTE + squared_relu(q_BTS, known, Positions(past + shard.start, 0, None))
         y_BTD = self.out_proj(u_BTE * (sums_BTE / (positions_T + 1).unsqueeze(-1)).to(x_BTD.dtype))
-        known = torch.cat([known, tokens_so_far(told, shard)], dim=1)
+        known = torch.cat([known, tokens_so_far(keys_values, shard)], dim=1)
         return y_BTD, {"keys": known[..., : self.key_dim], "values": known[..., self.key_dim :]}
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -111,7 +110,7 @@ class GAU(GatedUnit):
         positions_T = torch.full((1,), position, device=x_BD.device)
         u_B1E, v_B1E, (q_B1S, k_B1S) = self.project(x_BD.unsqueeze(1), positions_T)
         keys, values = torch.cat([state["keys"], k_B1S], dim=1), torch.cat([state["values"], v_B1E], dim=1)
-        sums_B1E = squared_relu(q_B1S, torch.cat([keys, values], dim=-1), Range(position, 0, None))
+        sums_B1E = squared_relu(q_B1S, torch.cat([keys, values], dim=-1), Positions(position, 0, None))
         y_B1E = u_B1E * (sums_B1E / (position + 1)).to(x_BD.dtype)
         return self.out_proj(y_B1E.squeeze(1)), {"keys": keys, "values": values}
 
@@ -124,18 +123,18 @@ class GAU(GatedUnit):
         return context * (self.key_dim + self.channels) * self.gamma.dtype.itemsize
 
 
-def squared_relu(q_BWS: Tensor, keys_values: Tensor, where: Range) -> Tensor:
+def squared_relu(q_BWS: Tensor, keys_values: Tensor, where: Positions) -> Tensor:
     """sum_s relu(q_t . k_s / sqrt(S))^2 v_s over the keys that each query sees: (B, W, E), float32 or better.
 
     `keys_values`: (B, tokens, S + E). A block of queries at a time; blocks are computed again in the backward pass.
     """
     batch, length, num_keys = q_BWS.shape[0], q_BWS.shape[1], keys_values.shape[1]
-    size = max(16, SCORES_AT_ONCE // (batch * num_keys))
+    size = max(16, SCORES_AT_ONCE // max(1, batch * num_keys))
     blocks = []
     for first in range(0, length, size):
         last = min(first + size, length)
         begin = None if where.document_begin is None else where.document_begin[:, first:last]
-        block = Range(where.query_start + first, where.key_start, begin)
+        block = Positions(where.query_start + first, where.key_start, begin)
         reach = max(1, min(num_keys, where.query_start + last - where.key_start))  # no query here sees a later key
         arguments = q_BWS[:, first:last], keys_values[:, :reach], block
         if length > size and torch.is_grad_enabled():
@@ -145,7 +144,7 @@ def squared_relu(q_BWS: Tensor, keys_values: Tensor, where: Range) -> Tensor:
     return torch.cat(blocks, dim=1)
 
 
-def _squared_relu(q_BWS: Tensor, keys_values: Tensor, where: Range) -> Tensor:
+def _squared_relu(q_BWS: Tensor, keys_values: Tensor, where: Positions) -> Tensor:
     key_dim, device = q_BWS.shape[-1], q_BWS.device
     queries_W1 = torch.arange(where.query_start, where.query_start + q_BWS.shape[1], device=device).unsqueeze(-1)
     keys_S = torch.arange(where.key_start, where.key_start + keys_values.shape[1], device=device)

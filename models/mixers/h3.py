@@ -20,15 +20,25 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels import long_convolution
+from ...kernels.autograd import own_precision
 from ...parallel import FiniteFilter, ModalFilter, SequenceShard, begin_convolve, convolve
 from ..parameters import Linear, at_least_float32, normal, uniform
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
+from .base import LayerPlace, Mixer, MixerOptions, State, convolve_token, linear_flops, window_before
 from .modal import modal_prefill, modal_step
 from .s4d import DiagonalStateSpace, Discretisation, S4DOptions
 
 
 class H3Options(MixerOptions):
-    """`state`: N, of the diagonal state space, even; `shift`: taps of the shift state space; `head_dim`: K."""
+    """Two state spaces between gates.
+
+    Attributes:
+        state: size of the state of the diagonal state space of a channel, even.
+        shift: taps of the shift state space.
+        head_dim: channels of a head, within which keys and values are multiplied.
+        discretisation: how the diagonal state space is sampled.
+        dt_min: the smallest step size at first.
+        dt_max: the largest step size at first.
+    """
 
     state: int = Field(default=64, ge=2, multiple_of=2)
     shift: int = Field(default=64, ge=1)
@@ -90,6 +100,7 @@ class H3(Mixer):
         s_BTHKK = s_BTE.unflatten(-1, (self.heads, self.head_dim, self.head_dim))
         return (q_BTHK.unsqueeze(-1) * s_BTHKK).sum(dim=-2).flatten(-2)
 
+    @own_precision
     def shift_taps(self) -> Tensor:
         """(D, N): sum_n B_n C_{n+j} at lag j."""
         B_DN, C_DN = at_least_float32(self.shift_B), at_least_float32(self.shift_C)
@@ -112,23 +123,18 @@ class H3(Mixer):
         }
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
-        window_BND = torch.cat([state["shift"], self.k_proj(x_BD).unsqueeze(1)], dim=1)
-        k_BD = torch.einsum("bnd,dn->bd", window_BND, self.shift_taps().flip(1).to(x_BD.dtype))
-        k_BD = k_BD + self.shift_D * window_BND[:, -1]
+        k_BD = self.k_proj(x_BD)
+        shifted_BD, shift_BND = convolve_token(k_BD, state["shift"], self.shift_taps().flip(1).to(x_BD.dtype))
+        k_BD = shifted_BD + self.shift_D * k_BD
         s_BE, state_BEN = modal_step(self.outer(k_BD, self.v_proj(x_BD)), state["ssm"], *self.modes())
         y_BD = self.out_proj(self.read(self.q_proj(x_BD), s_BE).to(x_BD.dtype))
-        return y_BD, {"shift": window_BND[:, 1:], "ssm": state_BEN}
+        return y_BD, {"shift": shift_BND, "ssm": state_BEN}
 
     def flops_per_token(self, context: int) -> float:
         matrices = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         # an element of k v' is a product, goes through its modes, and is read (a product, a sum)
         elements = self.head_dim**2 * (self.ssm.flops() + 3.0 * self.heads)
         return linear_flops(*(matrix.weight for matrix in matrices), self.shift_C) + elements
-
-    def state_bytes(self, context: int) -> int:
-        channels, taps = self.shift_C.shape
-        elements = self.heads * self.head_dim**2 * self.ssm.modes
-        return (taps - 1) * channels * self.shift_C.dtype.itemsize + elements * self.ssm.state_dtype.itemsize
 
 
 def first_unit_vector(shape: Sequence[int], generator: torch.Generator) -> Tensor:

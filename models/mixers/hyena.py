@@ -41,10 +41,20 @@ LAGS_AT_ONCE = 1 << 16
 
 
 class HyenaOptions(MixerOptions):
-    """`max_length`: the longest sequence, to which the filters' positions are normalised; a part of the model.
+    """Gates and long convolutions in turn.
 
-    `features`: E, odd; `filter_width`: F; `filter_layers`: inner sine layers; `sine`: initial sine frequency;
-    the windows decay to `target` between `fast` and `slow` times `max_length`, plus `shift`.
+    Attributes:
+        max_length: the longest sequence, to which the filters' positions are normalised; a part of the model.
+        order: how many gates; there are `order` - 1 long convolutions.
+        conv: taps of the short convolution.
+        features: of a position, for the network that makes the filters, odd.
+        filter_width: hidden width of that network.
+        filter_layers: its inner sine layers.
+        sine: the frequency of its sines at first.
+        fast: share of `max_length` within which the fastest channel's window has decayed to `target`.
+        slow: the same of the slowest channel.
+        target: what the windows decay to.
+        shift: added to the windows.
     """
 
     max_length: int = Field(ge=2, default=8192)
@@ -78,9 +88,12 @@ class ImplicitFilter(ParameterModule):
         widths = [options.features] + [options.filter_width] * (options.filter_layers + 1)
         layers = [Linear(a, b, normal(init_std), bias=True, half=False) for a, b in pairwise(widths)]
         self.layers = torch.nn.ModuleList(layers)
-        # one set of sine frequencies, shared by all layers as in the authors' code
+        # as in the authors' code nothing of a filter decays, and all layers share one set of sine frequencies
+        for layer in layers:
+            layer.undecayed.add("weight")
         self.frequency = self.parameter("frequency", (options.filter_width,), constant(options.sine))
-        self.output = self.parameter("output", (channels, self.rounds, options.filter_width), normal(init_std))
+        shape = (channels, self.rounds, options.filter_width)
+        self.output = self.parameter("output", shape, normal(init_std), decay=False)
 
     def forward(self, positions_L: Tensor, channels: slice, convolution: int) -> Tensor:
         """Taps (D of `channels`, L) of convolution number `convolution` at lags `positions_L` (int64)."""

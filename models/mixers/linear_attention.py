@@ -11,6 +11,7 @@ Shapes: B batch, T local tokens, D model width, H heads, K head width, P = K + 1
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,16 @@ from torch import Tensor
 from ...parallel import Constant, SequenceShard
 from ..parameters import Linear, at_least_float32, normal
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
-from .dual import dual_prefill, split_dual
+from .dual import split_dual
 
 
 class LinearAttentionOptions(MixerOptions):
-    """`heads`: H; `eps`: added to the denominator."""
+    """Attention without a softmax.
+
+    Attributes:
+        heads: how many.
+        eps: added to the denominator.
+    """
 
     heads: int = Field(default=8, ge=1)
     eps: float = Field(default=1e-6, ge=0)
@@ -49,18 +55,21 @@ class LinearAttention(Mixer):
         self.out_proj = Linear(width, width, out_init)
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
+        return self.attend(x_BTD, shard)[0]
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        y_BTD, leaving = self.attend(x_BTD, shard, state["sums"])
+        return y_BTD, {"sums": leaving()}
+
+    def attend(
+        self, x_BTD: Tensor, shard: SequenceShard, initial_BHPK: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """(out, what gives S over z after this shard's last token), given those before the sequence."""
         q_BTHK, k_BTHK, v_BTHP = self.project(x_BTD)
         decay_BTH = q_BTHK.new_zeros(q_BTHK.shape[:3])
         undiminished = Constant(decay_BTH.new_zeros(1), shard.reset_mask(x_BTD.device))
-        y_BTHP = split_dual(v_BTHP, decay_BTH, k_BTHK, q_BTHK, undiminished, shard)
-        return self.out_proj(self.ratio(y_BTHP).to(x_BTD.dtype))
-
-    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
-        q_BTHK, k_BTHK, v_BTHP = self.project(x_BTD)
-        decay_BTH = q_BTHK.new_zeros(q_BTHK.shape[:3])
-        undiminished = Constant(decay_BTH.new_zeros(1))
-        y_BTHP, sums_BHPK = dual_prefill(v_BTHP, decay_BTH, k_BTHK, q_BTHK, state["sums"], undiminished, shard)
-        return self.out_proj(self.ratio(y_BTHP).to(x_BTD.dtype)), {"sums": sums_BHPK}
+        y_BTHP, leaving = split_dual(v_BTHP, decay_BTH, k_BTHK, q_BTHK, undiminished, shard, initial_BHPK)
+        return self.out_proj(self.ratio(y_BTHP).to(x_BTD.dtype)), leaving
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f(q), f(k) (..., H, K) and [v, 1] (..., H, P), in float32 or better: a ratio of sums cancels badly."""
@@ -89,7 +98,3 @@ class LinearAttention(Mixer):
         # an element of S is fed (a product, a sum) and read (a product, a sum); one of z is fed without a product
         state = self.heads * (4.0 * self.head_dim**2 + 3.0 * self.head_dim)
         return linear_flops(*(matrix.weight for matrix in matrices)) + state
-
-    def state_bytes(self, context: int) -> int:
-        itemsize = torch.promote_types(self.q_proj.weight.dtype, torch.float32).itemsize
-        return self.heads * (self.head_dim + 1) * self.head_dim * itemsize

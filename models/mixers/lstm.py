@@ -25,7 +25,12 @@ from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
 
 
 class LSTMOptions(MixerOptions):
-    """`hidden`: H, by default the width; `forget_bias`: at first, so that a new layer remembers."""
+    """The recurrent baseline.
+
+    Attributes:
+        hidden: size of the state; by default the width.
+        forget_bias: of the forget gates at first, so that a new layer remembers.
+    """
 
     hidden: int | None = Field(default=None, ge=1)
     forget_bias: float = 1.0
@@ -83,7 +88,8 @@ class LSTM(Mixer):
         weights.append(torch.zeros_like(weights[2]))  # torch's LSTM has two biases
         h_1BH, c_1BH = (part_BH.unsqueeze(0).contiguous() for part_BH in state_B2H.unbind(dim=1))
         training = torch.is_grad_enabled()
-        h_BTH, h_1BH, c_1BH = torch.lstm(x_BTD, (h_1BH, c_1BH), weights, True, 1, 0.0, training, False, True)
+        with torch.autocast(x_BTD.device.type, enabled=False):  # it would make all of it bfloat16
+            h_BTH, h_1BH, c_1BH = torch.lstm(x_BTD, (h_1BH, c_1BH), weights, True, 1, 0.0, training, False, True)
         return h_BTH, torch.stack([h_1BH[0], c_1BH[0]], dim=1)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -97,6 +103,3 @@ class LSTM(Mixer):
     def flops_per_token(self, context: int) -> float:
         # c is decayed (a product), fed (a product, a sum) and read (a product)
         return linear_flops(self.input_weight, self.state_weight, self.out_proj.weight) + 4.0 * self.hidden
-
-    def state_bytes(self, context: int) -> int:
-        return 2 * self.hidden * torch.promote_types(self.bias.dtype, torch.float32).itemsize

@@ -23,14 +23,23 @@ from torch import Tensor
 
 from ...kernels import begin_selective_scan, selective_scan, short_convolution, swiglu
 from ...parallel import PerChannel, SequenceShard, begin_prefix_state, projected_halo
-from ..parameters import Initialiser, Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, uniform
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
+from ..parameters import Initialiser, Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, log_uniform, uniform
+from .base import LayerPlace, Mixer, MixerOptions, State, convolve_token, linear_flops, window_after, window_before
 
 
 class MambaOptions(MixerOptions):
-    """`state`: N; `expand`: C = expand x D; `conv`: W; `dt_rank`: R, by default ceil(D / 16).
+    """A selective state space behind a short convolution.
 
-    `dt_min`, `dt_max`: between which the step sizes begin.
+    Attributes:
+        state: size of the state of a channel.
+        expand: inner channels for each of the width.
+        conv: taps of the short convolution.
+        dt_rank: rank of the projection to step sizes; by default width / 16, rounded up.
+        dt_min: the smallest step size at first.
+        dt_max: the largest step size at first.
+        conv_bias: whether the short convolution has a bias.
+        bias: whether the projections in and out have biases.
+        inner_norms: norms on step sizes, B and C (Jamba).
     """
 
     state: int = Field(default=16, ge=1)
@@ -71,19 +80,13 @@ class Mamba(Mixer):
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
         u_BTC = self.project_input(x_BTD)
         before_BWC = projected_halo(self.project_input, x_BTD, self.conv_weight.shape[1] - 1, shard)
-        finish = self.begin_scan(u_BTC, before_BWC, None, shard)
-        z_BTC = self.project_gate(x_BTD)
-        y_BTC, _ = finish()
-        return self.output(y_BTC, z_BTC)
+        return self.mix(x_BTD, u_BTC, before_BWC, shard)[0]
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         u_BTC = self.project_input(x_BTD)
         before_BWC = window_before(u_BTC, state["conv"], shard)
-        finish = self.begin_scan(u_BTC, before_BWC, state["scan"], shard)
-        z_BTC = self.project_gate(x_BTD)
-        y_BTC, leaving_BCN = finish()
-        conv_BWC = torch.cat([before_BWC, u_BTC], dim=1)[:, -before_BWC.shape[1] :]
-        return self.output(y_BTC, z_BTC), {"conv": conv_BWC, "scan": leaving_BCN}
+        y_BTD, leaving = self.mix(x_BTD, u_BTC, before_BWC, shard, state["scan"])
+        return y_BTD, {"conv": window_after(before_BWC, u_BTC), "scan": leaving()}
 
     def project_input(self, x_BTD: Tensor) -> Tensor:
         """The first channels of `in_proj`, which are convolved and scanned."""
@@ -97,13 +100,15 @@ class Mamba(Mixer):
         weight, bias = self.in_proj.weight.chunk(2)[half], self.in_proj.bias
         return F.linear(x_BTD, weight, None if bias is None else bias.chunk(2)[half])
 
-    def begin_scan(
-        self, u_BTC: Tensor, before_BWC: Tensor, initial_BCN: Tensor | None, shard: SequenceShard
-    ) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Convolution and scan; calling the result gives y before the gate, and the state that leaves this shard.
-
-        The state travels in between. `initial_BCN`: the state before the sequence, where there is one.
-        """
+    def mix(
+        self,
+        x_BTD: Tensor,
+        u_BTC: Tensor,
+        before_BWC: Tensor,
+        shard: SequenceShard,
+        initial_BCN: Tensor | None = None,
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """(out, what gives h after this shard's last token), given u before this shard and h before the sequence."""
         starts_BT = shard.start_mask(u_BTC.device)
         u_BTC = short_convolution(
             u_BTC, self.conv_weight, self.conv_bias, halo=before_BWC, activation="silu", document_starts=starts_BT
@@ -111,28 +116,18 @@ class Mamba(Mixer):
         delta_BTC, B_BTN, C_BTN = self.select(u_BTC)
         A_CN = self.rates()
         tensors = u_BTC, delta_BTC, A_CN, B_BTN, C_BTN
-        options = {
-            "D": self.D,
-            "delta_softplus": True,
-            "initial_state": initial_BCN if shard.rank == 0 else None,
-            "document_starts": starts_BT,
-        }
+        options = {"D": self.D, "delta_softplus": True, "document_starts": starts_BT}
         if shard.size == 1:
-            outputs = selective_scan(*tensors, **options)
-            return lambda: outputs
+            y_BTC, leaving_BCN = selective_scan(*tensors, initial_state=initial_BCN, **options)
+            return self.output(y_BTC, self.project_gate(x_BTD)), lambda: leaving_BCN
         scan = begin_selective_scan(*tensors, **options)
         # without a gradient of its own: that of the leaving state says all; see ScanStages
         transition = PerChannel(A_CN.detach(), scan.steps, shard.reset_mask(u_BTC.device))
-        pending = begin_prefix_state(transition, scan.leaving, shard)
-
-        def finish() -> tuple[Tensor, Tensor]:
-            entering_BCN = pending.wait()
-            y_BTC = scan.finish(entering_BCN)
-            if initial_BCN is None:
-                return y_BTC, scan.leaving
-            return y_BTC, scan.leaving + torch.exp(A_CN.detach() * scan.steps.unsqueeze(-1)) * entering_BCN
-
-        return finish
+        pending = begin_prefix_state(transition, scan.leaving, shard, initial=initial_BCN)
+        z_BTC = self.project_gate(x_BTD)  # while the state travels
+        entering_BCN = pending.wait()
+        out_BTD = self.output(scan.finish(entering_BCN), z_BTC)
+        return out_BTD, lambda: transition.after(entering_BCN, scan.leaving, shard.local_length)
 
     def output(self, y: Tensor, z: Tensor) -> Tensor:
         """The gate, and back to the model's width."""
@@ -160,27 +155,20 @@ class Mamba(Mixer):
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         u_BC, z_BC = self.in_proj(x_BD).chunk(2, dim=-1)
-        window_BWC = torch.cat([state["conv"], u_BC.unsqueeze(1)], dim=1)
-        u_BC = torch.einsum("bwc,cw->bc", window_BWC, self.conv_weight)
-        u_BC = F.silu(u_BC if self.conv_bias is None else u_BC + self.conv_bias)
+        u_BC, conv_BWC = convolve_token(u_BC, state["conv"], self.conv_weight, self.conv_bias)
+        u_BC = F.silu(u_BC)
         delta_BC, B_BN, C_BN = self.select(u_BC)
         delta_BC = F.softplus(delta_BC)
         decay_BCN = torch.exp(delta_BC.unsqueeze(-1) * self.rates())
         h_BCN = decay_BCN * state["scan"] + (delta_BC * u_BC).unsqueeze(-1) * B_BN.unsqueeze(1)
         y_BC = (h_BCN * C_BN.unsqueeze(1)).sum(dim=-1) + self.D * u_BC
-        return self.output(y_BC, z_BC), {"conv": window_BWC[:, 1:], "scan": h_BCN}
+        return self.output(y_BC, z_BC), {"conv": conv_BWC, "scan": h_BCN}
 
     def flops_per_token(self, context: int) -> float:
         matrices = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
         # a state element is decayed (delta A, a product), fed (a product, a sum) and read (a product, a sum)
         scan = 6.0 * self.A_log.numel()
         return linear_flops(*(matrix.weight for matrix in matrices), self.conv_weight) + scan
-
-    def state_bytes(self, context: int) -> int:
-        channels, width = self.conv_weight.shape
-        dtype = self.conv_weight.dtype
-        scan_itemsize = torch.promote_types(dtype, torch.float32).itemsize
-        return channels * (width - 1) * dtype.itemsize + self.A_log.numel() * scan_itemsize
 
 
 def log_integers(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -193,14 +181,10 @@ def log_uniform_step_sizes(smallest: float, largest: float) -> Initialiser:
 
     The authors' code raises what is below 1e-4 to that; here `smallest` means what it says.
     """
-    if smallest > largest:
-        raise ValueError(
-            f"dt_min {smallest:g} exceeds dt_max {largest:g}; give step sizes from the smaller to the larger"
-        )
+    logarithms = log_uniform(smallest, largest)
 
     def init(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        low, high = math.log(smallest), math.log(largest)
-        step = torch.exp(torch.rand(tuple(shape), generator=generator) * (high - low) + low)
+        step = torch.exp(logarithms(shape, generator))
         return step + torch.log(-torch.expm1(-step))
 
     return init

@@ -12,7 +12,7 @@ that share B and C, N state size, W convolution width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,25 @@ from torch import Tensor
 from ...kernels import rms_norm, short_convolution
 from ...parallel import PerHead, SequenceShard, projected_halo
 from ..parameters import Linear, RMSNorm, at_least_float32, constant, fan_in_uniform, uniform
-from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, window_before
-from .dual import dual_prefill, split_dual
+from .base import LayerPlace, Mixer, MixerOptions, State, convolve_token, linear_flops, window_after, window_before
+from .dual import split_dual
 from .mamba import log_uniform_step_sizes
 
 
 class Mamba2Options(MixerOptions):
-    """`state`: N; `expand`: C = expand x D; `head_dim`: P; `groups`: G; `conv`: W."""
+    """A selective state space with one decay a head.
+
+    Attributes:
+        state: size of the state of a channel.
+        expand: inner channels for each of the width.
+        head_dim: inner channels of a head.
+        groups: of heads that share B and C.
+        conv: taps of the short convolution.
+        dt_min: the smallest step size at first.
+        dt_max: the largest step size at first.
+        conv_bias: whether the short convolution has a bias.
+        bias: whether the projections in and out have biases.
+    """
 
     state: int = Field(default=128, ge=1)
     expand: int = Field(default=2, ge=1)
@@ -53,11 +65,14 @@ class Mamba2(Mixer):
         self.head_dim, self.groups = options.head_dim, options.groups
         if self.channels % options.head_dim:
             raise ValueError(
-                f"mamba2: {self.channels} inner channels are not divisible by mamba2.head_dim {options.head_dim}"
+                f"mamba2: {self.channels} inner channels are not divisible by mamba2.head_dim {options.head_dim}; "
+                "use a divisor"
             )
         self.heads = self.channels // options.head_dim
         if self.heads % options.groups:
-            raise ValueError(f"mamba2: {self.heads} heads are not divisible by mamba2.groups {options.groups}")
+            raise ValueError(
+                f"mamba2: {self.heads} heads are not divisible by mamba2.groups {options.groups}; use a divisor"
+            )
         convolved = self.channels + 2 * options.groups * options.state
         self.in_proj = Linear(width, self.channels + convolved + self.heads, fan_in_uniform(), bias=options.bias)
         self.conv_weight = self.parameter("conv_weight", (convolved, options.conv), fan_in_uniform())
@@ -70,37 +85,42 @@ class Mamba2(Mixer):
         self.out_proj = Linear(self.channels, width, fan_in_uniform(place.num_layers**-0.5), bias=options.bias)
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
-        starts_BT = shard.start_mask(x_BTD.device)
         streams_BTM, delta_BTH = self.project_streams(x_BTD)
+        taps = self.conv_weight.shape[1]
+        before_BWM = projected_halo(lambda x: self.project_streams(x)[0], x_BTD, taps - 1, shard)
+        return self.mix(x_BTD, streams_BTM, delta_BTH, before_BWM, shard)[0]
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        streams_BTM, delta_BTH = self.project_streams(x_BTD)
+        before_BWM = window_before(streams_BTM, state["conv"], shard)
+        y_BTD, leaving = self.mix(x_BTD, streams_BTM, delta_BTH, before_BWM, shard, state["ssm"])
+        return y_BTD, {"conv": window_after(before_BWM, streams_BTM), "ssm": leaving()}
+
+    def mix(
+        self,
+        x_BTD: Tensor,
+        streams_BTM: Tensor,
+        delta_BTH: Tensor,
+        before_BWM: Tensor,
+        shard: SequenceShard,
+        initial_BHPN: Tensor | None = None,
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """(out, what gives S after this shard's last token), given the streams before this shard and the first S."""
         streams_BTM = short_convolution(
             streams_BTM,
             self.conv_weight,
             self.conv_bias,
-            halo=projected_halo(lambda x: self.project_streams(x)[0], x_BTD, self.conv_weight.shape[1] - 1, shard),
+            halo=before_BWM,
             activation="silu",
-            document_starts=starts_BT,
+            document_starts=shard.start_mask(x_BTD.device),
         )
         x_BTHP, B_BTGN, C_BTGN = self.split(streams_BTM)
         delta_BTH, log_decay_BTH = self.select(delta_BTH)
         fed_BTHP = (x_BTHP * delta_BTH.unsqueeze(-1)).to(x_BTD.dtype)
         transition = PerHead(log_decay_BTH.sum(dim=1), shard.reset_mask(x_BTD.device))
-        y_BTHP = split_dual(fed_BTHP, log_decay_BTH, B_BTGN, C_BTGN, transition, shard)
+        y_BTHP, leaving = split_dual(fed_BTHP, log_decay_BTH, B_BTGN, C_BTGN, transition, shard, initial_BHPN)
         y_BTHP = y_BTHP + self.D.unsqueeze(-1) * x_BTHP
-        return self.output(y_BTHP.to(x_BTD.dtype), self.project_gate(x_BTD))
-
-    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
-        streams_BTM, delta_BTH = self.project_streams(x_BTD)
-        before_BWM = window_before(streams_BTM, state["conv"], shard)
-        x_BTHP, B_BTGN, C_BTGN = self.split(
-            short_convolution(streams_BTM, self.conv_weight, self.conv_bias, halo=before_BWM, activation="silu")
-        )
-        delta_BTH, log_decay_BTH = self.select(delta_BTH)
-        fed_BTHP = (x_BTHP * delta_BTH.unsqueeze(-1)).to(x_BTD.dtype)
-        transition = PerHead(log_decay_BTH.sum(dim=1))
-        y_BTHP, leaving_BHPN = dual_prefill(fed_BTHP, log_decay_BTH, B_BTGN, C_BTGN, state["ssm"], transition, shard)
-        y_BTHP = (y_BTHP + self.D.unsqueeze(-1) * x_BTHP).to(x_BTD.dtype)
-        conv_BWM = torch.cat([before_BWM, streams_BTM], dim=1)[:, -before_BWM.shape[1] :]
-        return self.output(y_BTHP, self.project_gate(x_BTD)), {"conv": conv_BWM, "ssm": leaving_BHPN}
+        return self.output(y_BTHP.to(x_BTD.dtype), self.project_gate(x_BTD)), leaving
 
     def project_gate(self, x_BTD: Tensor) -> Tensor:
         """z, the first channels of `in_proj`."""
@@ -144,28 +164,22 @@ class Mamba2(Mixer):
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         streams_BM, delta_BH = self.project_streams(x_BD)
-        window_BWM = torch.cat([state["conv"], streams_BM.unsqueeze(1)], dim=1)
-        streams_BM = torch.einsum("bwm,mw->bm", window_BWM, self.conv_weight)
-        x_BHP, B_BGN, C_BGN = self.split(F.silu(streams_BM if self.conv_bias is None else streams_BM + self.conv_bias))
+        streams_BM, conv_BWM = convolve_token(streams_BM, state["conv"], self.conv_weight, self.conv_bias)
+        x_BHP, B_BGN, C_BGN = self.split(F.silu(streams_BM))
         B_BHN, C_BHN = (part.repeat_interleave(self.heads // self.groups, dim=1) for part in (B_BGN, C_BGN))
         delta_BH, log_decay_BH = self.select(delta_BH)
         fed_BHPN = (delta_BH.unsqueeze(-1) * x_BHP).unsqueeze(-1) * B_BHN.unsqueeze(-2)
         S_BHPN = torch.exp(log_decay_BH)[..., None, None] * state["ssm"] + fed_BHPN
         y_BHP = (S_BHPN * C_BHN.unsqueeze(-2)).sum(dim=-1) + self.D.unsqueeze(-1) * x_BHP
         y_BD = self.output(y_BHP.to(x_BD.dtype), self.project_gate(x_BD))
-        return y_BD, {"conv": window_BWM[:, 1:], "ssm": S_BHPN}
+        return y_BD, {"conv": conv_BWM, "ssm": S_BHPN}
 
     def flops_per_token(self, context: int) -> float:
         # a state element is decayed (a product), fed (a product, a sum) and read (a product, a sum)
         scan = 5.0 * self.channels * self.state
         return linear_flops(self.in_proj.weight, self.out_proj.weight, self.conv_weight) + scan
 
-    def state_bytes(self, context: int) -> int:
-        (convolved, width), dtype = self.conv_weight.shape, self.conv_weight.dtype
-        state_itemsize = torch.promote_types(dtype, torch.float32).itemsize
-        return convolved * (width - 1) * dtype.itemsize + self.channels * self.state * state_itemsize
-
 
 def log_of_uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """log U(1, 16): decay rates as the authors' code begins with."""
+    """log U(1, 16): logarithms of decay rates, as the authors' code begins with."""
     return torch.log(1 + 15 * torch.rand(tuple(shape), generator=generator))

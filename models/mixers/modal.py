@@ -32,18 +32,11 @@ def modal_prefill(
     if shard.size == 1:
         return modal_convolution(u_BTD, log_poles_DN, residues_DN, skip=skip_D, initial_state=state_BDN)
     transition = Constant(log_poles_DN)
-
-    def after(entering_BDN: Tensor) -> Tensor:
-        return stages.leaving + transition.apply(None, shard.local_length, entering_BDN)
-
     stages = begin_modal_convolution(u_BTD, log_poles_DN, residues_DN, skip=skip_D)
-    first = shard.rank == 0
-    pending = begin_prefix_state(transition, after(state_BDN) if first else stages.leaving, shard)
+    pending = begin_prefix_state(transition, stages.leaving, shard, initial=state_BDN)
     stages.compute_local()
     entering_BDN = pending.wait()
-    if first:  # nothing comes from a process before
-        entering_BDN = state_BDN
-    return stages.finish(entering_BDN), after(entering_BDN)
+    return stages.finish(entering_BDN), transition.after(entering_BDN, stages.leaving, shard.local_length)
 
 
 def modal_step(

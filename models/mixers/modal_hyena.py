@@ -25,7 +25,12 @@ from .modal import as_complex, complex_dtype, modal_flops, modal_prefill, modal_
 
 
 class ModalHyenaOptions(GatedConvolutionOptions):
-    """`heads`: how the streams are laid out, nothing more; `modes`: N."""
+    """StripedHyena-7B's operator.
+
+    Attributes:
+        heads: how the streams are laid out, nothing more.
+        modes: complex exponentials whose sum a filter is.
+    """
 
     heads: int = Field(default=1, ge=1)
     modes: int = Field(default=2, ge=1)
@@ -42,7 +47,9 @@ class ModalHyena(GatedConvolution):
     def __init__(self, options: ModalHyenaOptions, place: LayerPlace) -> None:
         super().__init__(options, place)
         if place.width % options.heads:
-            raise ValueError(f"modal_hyena: width {place.width} is not divisible by {options.heads} heads")
+            raise ValueError(
+                f"modal_hyena: width {place.width} is not divisible by {options.heads} heads; use a divisor"
+            )
         self.heads = options.heads
         shape = (place.width, options.modes, 2)
         self.poles = self.parameter("poles", shape, slowly_turning_poles, decay=False)

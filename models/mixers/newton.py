@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...kernels.autograd import own_precision
 from ...parallel import Dense, SequenceShard, global_sum, prefix_state
 
 Recurrence = Callable[[Tensor, Tensor], Tensor]
@@ -27,6 +28,7 @@ ROUNDS = 100
 """More than any trajectory that settles has been seen to need."""
 
 
+@own_precision
 def newton_states(step: Recurrence, x_BTM: Tensor, initial_BS: Tensor, shard: SequenceShard) -> Tensor:
     """The state after each of this shard's tokens (B, T, S), from `initial_BS` at the beginning of every document.
 

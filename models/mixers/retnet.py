@@ -13,6 +13,7 @@ Shapes: B batch, T local tokens, D model width, H heads, K key width and P value
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -24,14 +25,18 @@ from ...kernels import rms_norm, rotary
 from ...parallel import Constant, SequenceShard
 from ..parameters import Initialiser, Linear, at_least_float32
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
-from .dual import dual_prefill, split_dual
+from .dual import split_dual
 
 
 class RetNetOptions(MixerOptions):
-    """`heads`: H; `expand`: values have expand x D channels; `eps`: of the heads' norm.
+    """Linear attention with fixed decays.
 
-    `decay`: gamma is 1 - 2^-(5 + h) of head h for "powers", as in the paper's text and torchscale, and
-    1 - exp(linspace(log 1/32, log 1/512)) for "linspace", as in the paper's experiments.
+    Attributes:
+        heads: how many, each with its decay.
+        expand: channels of the values for each of the width.
+        decay: of head h: 1 - 2^-(5 + h) for "powers", as in the paper's text and torchscale; 1 - exp(linspace(log 1/32,
+            log 1/512)) for "linspace", as in the paper's experiments.
+        eps: of the heads' norm.
     """
 
     heads: int = Field(default=8, ge=1)
@@ -63,23 +68,23 @@ class RetNet(Mixer):
         self.out_proj = Linear(values, place.width, xavier(2**-1))
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
-        positions_T = torch.arange(shard.start, shard.stop, device=x_BTD.device)
+        return self.retain(x_BTD, shard)[0]
+
+    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
+        y_BTD, leaving = self.retain(x_BTD, shard, state["position"], state["retention"])
+        return y_BTD, {"position": state["position"] + shard.stop, "retention": leaving()}
+
+    def retain(
+        self, x_BTD: Tensor, shard: SequenceShard, begun: Tensor | int = 0, initial_BHPK: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """(out, what gives S after this shard's last token), given how many tokens, and what S, before the sequence."""
+        positions_T = begun + torch.arange(shard.start, shard.stop, device=x_BTD.device)
         q_BTHK, k_BTHK, v_BTHP = self.project(x_BTD, positions_T)
         log_gamma_H = self.log_gamma(x_BTD.device)
         decay_BTH = log_gamma_H.to(torch.promote_types(x_BTD.dtype, torch.float32)).expand(*x_BTD.shape[:2], -1)
         transition = Constant(log_gamma_H[:, None, None], shard.reset_mask(x_BTD.device))
-        o_BTHP = split_dual(v_BTHP, decay_BTH, k_BTHK, q_BTHK, transition, shard)
-        return self.output(o_BTHP.to(x_BTD.dtype), self.g_proj(x_BTD))
-
-    def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
-        positions_T = state["position"] + torch.arange(shard.start, shard.stop, device=x_BTD.device)
-        q_BTHK, k_BTHK, v_BTHP = self.project(x_BTD, positions_T)
-        log_gamma_H = self.log_gamma(x_BTD.device)
-        decay_BTH = log_gamma_H.to(torch.promote_types(x_BTD.dtype, torch.float32)).expand(*x_BTD.shape[:2], -1)
-        transition = Constant(log_gamma_H[:, None, None])
-        o_BTHP, state_BHPK = dual_prefill(v_BTHP, decay_BTH, k_BTHK, q_BTHK, state["retention"], transition, shard)
-        y_BTD = self.output(o_BTHP.to(x_BTD.dtype), self.g_proj(x_BTD))
-        return y_BTD, {"position": state["position"] + shard.stop, "retention": state_BHPK}
+        o_BTHP, leaving = split_dual(v_BTHP, decay_BTH, k_BTHK, q_BTHK, transition, shard, initial_BHPK)
+        return self.output(o_BTHP.to(x_BTD.dtype), self.g_proj(x_BTD)), leaving
 
     def project(self, x_BTD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys (B, T, H, K), values (B, T, H, P)."""
@@ -135,10 +140,6 @@ class RetNet(Mixer):
         # a state element is decayed (a product), fed (a product, a sum) and read (a product, a sum)
         state = 5.0 * self.heads * self.value_dim * self.key_dim
         return linear_flops(*(matrix.weight for matrix in matrices)) + state
-
-    def state_bytes(self, context: int) -> int:
-        itemsize = torch.promote_types(self.q_proj.weight.dtype, torch.float32).itemsize
-        return torch.int64.itemsize + self.heads * self.value_dim * self.key_dim * itemsize
 
 
 def xavier(gain: float) -> Initialiser:

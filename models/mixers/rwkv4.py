@@ -74,12 +74,8 @@ class RWKV4(Mixer):
         r_BTD, (k_BTD, v_BTD) = self.project_receptance(x_BTD, before_BTD), self.project_stored(x_BTD, before_BTD)
         log_decay_D, sums_BD3 = self.log_decay(), state["sums"]
         if shard.size > 1:
-            if shard.rank == 0:
-                _, own_BD3 = wkv4(k_BTD, v_BTD, log_decay_D, self.time_first, initial_state=sums_BD3)
-            else:
-                own_BD3 = wkv4_state(k_BTD, v_BTD, log_decay_D)
-            entering_BD3 = prefix_state(LogSpace(log_decay_D), own_BD3, shard)
-            sums_BD3 = sums_BD3 if shard.rank == 0 else entering_BD3
+            own_BD3 = wkv4_state(k_BTD, v_BTD, log_decay_D)
+            sums_BD3 = prefix_state(LogSpace(log_decay_D), own_BD3, shard, initial=sums_BD3)
         wkv_BTD, sums_BD3 = wkv4(k_BTD, v_BTD, log_decay_D, self.time_first, initial_state=sums_BD3)
         return self.output(torch.sigmoid(r_BTD) * wkv_BTD), {"shift": x_BTD[:, -1], "sums": sums_BD3}
 
@@ -112,10 +108,6 @@ class RWKV4(Mixer):
         matrices = (self.receptance, self.key, self.value, self.output)
         # the upper sum is decayed (a product), fed and read (two each); for the lower one the value is 1: three
         return linear_flops(*(matrix.weight for matrix in matrices)) + 8.0 * len(self.time_decay)
-
-    def state_bytes(self, context: int) -> int:
-        dtype = self.time_decay.dtype
-        return len(self.time_decay) * (dtype.itemsize + 3 * torch.promote_types(dtype, torch.float32).itemsize)
 
 
 def spread_decays(depth: float) -> Initialiser:

@@ -28,16 +28,24 @@ from torch import Tensor
 
 from ...kernels import wkv7
 from ...parallel import SequenceShard
-from ..matrix_memory import MatrixMemory
 from ..parameters import Initialiser, Linear, ParameterModule, at_least_float32, constant, fan_in_uniform, orthogonal
 from ..token_shift import token_shift
 from .base import LayerPlace, Mixer, MixerOptions, Shared, State, linear_flops, window_before
+from .matrix_memory import MatrixMemory
 
 FAMILY = "rwkv7"
 
 
 class RWKV7Options(MixerOptions):
-    """`head_dim`: N; the ranks of the thin matrices, by default the authors' for the width."""
+    """A matrix memory that unlearns. The ranks of its thin matrices are by default the authors' for the width.
+
+    Attributes:
+        head_dim: width of a head.
+        decay_rank: rank of the matrix that makes the decays.
+        rate_rank: rank of the one that makes the learning rates in context.
+        value_rank: rank of the one that mixes in the first layer's values.
+        gate_rank: rank of the one that makes the gate.
+    """
 
     head_dim: int = Field(default=64, ge=2)
     decay_rank: int | None = Field(default=None, ge=1)
@@ -83,7 +91,7 @@ class RWKV7(Mixer):
         super().__init__()
         width, head_dim = place.width, options.head_dim
         if width % head_dim:
-            raise ValueError(f"rwkv7: width {width} is not divisible by head_dim {head_dim}")
+            raise ValueError(f"rwkv7: width {width} is not divisible by head_dim {head_dim}; set rwkv7.head_dim")
         self.head_dim, self.norm_eps = head_dim, 1e-5 * head_dim
         depth = place.index / max(1, place.num_layers - 1)
         mix = shift_weights(1 - place.index / place.num_layers)
@@ -138,7 +146,7 @@ class RWKV7(Mixer):
         added = {FAMILY: v_BTD} if self.first_value is None else {}
         if self.first_value is not None:
             first_BTD = ({FAMILY: v_BTD} | shared)[FAMILY]
-            v_BTD = torch.lerp(v_BTD, first_BTD, torch.sigmoid(self.first_value(x_v)))
+            v_BTD = torch.lerp(v_BTD, first_BTD, torch.sigmoid(self.first_value(x_v)).to(v_BTD.dtype))
         log_w_BTD = -math.exp(-0.5) * torch.sigmoid(at_least_float32(self.decay(x_w, "tanh")))
         rate_BTD = torch.sigmoid(self.rate(x_a))
         kappa_BTHN = F.normalize(self.heads(k_BTD * self.k_k), dim=-1)
@@ -186,10 +194,6 @@ class RWKV7(Mixer):
             weights += [thin.down, thin.up] if thin is not None else []
         # an element of the memory is decayed (a product), asked for kappa, corrected, fed and read (two each)
         return linear_flops(*weights) + 9.0 * self.mix.shape[1] * self.head_dim
-
-    def state_bytes(self, context: int) -> int:
-        dtype = self.mix.dtype
-        return self.mix.shape[1] * (dtype.itemsize + self.head_dim * torch.promote_types(dtype, torch.float32).itemsize)
 
 
 def default_rank(factor: float, width: int) -> int:

@@ -25,31 +25,33 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from ...kernels import long_convolution
+from ...kernels.autograd import own_precision
 from ...parallel import SequenceShard, Transition, begin_prefix_state
-from ..parameters import Linear, at_least_float32, constant, fan_in_uniform, normal
+from ..parameters import Linear, at_least_float32, constant, fan_in_uniform, log_uniform, normal
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops, long_convolution_flops
 from .hippo import legs_modes
 from .modal import as_complex, complex_dtype
-from .s4d import log_uniform, repeated
+from .s4d import repeated
 
 
 class S4Options(MixerOptions):
-    """`state`: N; `dt_min`, `dt_max`: between which the step sizes begin."""
+    """A structured state space for each channel.
 
-    state: int = Field(default=64, ge=2)
+    Attributes:
+        state: size of the state of a channel, even: modes come in conjugate pairs.
+        init: where A begins: HiPPO-LegS, or "random", the negative control.
+        dt_min: the smallest step size at first.
+        dt_max: the largest step size at first.
+    """
+
+    state: int = Field(default=64, ge=2, multiple_of=2)
     init: Literal["legs", "random"] = "legs"
     dt_min: float = Field(default=1e-3, gt=0)
     dt_max: float = Field(default=1e-1, gt=0)
-
-    @model_validator(mode="after")
-    def _even(self) -> S4Options:
-        if self.state % 2:
-            raise ValueError(f"s4.state must be even (conjugate pairs), not {self.state}")
-        return self
 
     def build(self, place: LayerPlace) -> S4:
         return S4(self, place)
@@ -99,17 +101,16 @@ class S4(Mixer):
         self.out_proj = Linear(channels, 2 * channels, fan_in_uniform(), bias=True)
 
     def forward(self, x_BTD: Tensor, shard: SequenceShard) -> Tensor:
-        return self.read(x_BTD, shard)[0]
+        return self.output(self.read(x_BTD, shard, None)[0])
 
     def prefill(self, x_BTD: Tensor, shard: SequenceShard, state: State) -> tuple[Tensor, State]:
         y_BTD, leaving_BDN = self.read(x_BTD, shard, torch.view_as_real(state["ssm"]).flatten(2))
         assert leaving_BDN is not None
-        return y_BTD, {"ssm": as_complex(leaving_BDN.unflatten(2, (self.modes, 2)))}
+        return self.output(y_BTD), {"ssm": as_complex(leaving_BDN.unflatten(2, (self.modes, 2)))}
 
-    def read(
-        self, x_BTD: Tensor, shard: SequenceShard, initial_BDN: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Outputs; and, after the state `initial_BDN` before the sequence, the state after this shard's last token."""
+    @own_precision
+    def read(self, x_BTD: Tensor, shard: SequenceShard, initial_BDN: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """y (B, T, D); and, given the state before the sequence, the state after this shard's last token."""
         length, starts_BT = x_BTD.shape[1], shard.start_mask(x_BTD.device)
         squares, Bbar_DN, C_DN = self.discrete(length)
         baby, G = split_powers(length)
@@ -118,24 +119,19 @@ class S4(Mixer):
         giants = squares[baby:]
         outputs_DNG = powers([square.mT for square in giants], C_DN, G)
         transition, pending, leaving_BDN = ConstantMatrix(squares[0], shard.reset_mask(x_BTD.device)), None, None
-        first_BDN = initial_BDN if shard.rank == 0 else None
         if shard.size > 1 or initial_BDN is not None:
             leaving_BDN = last_state(giants, inputs_DNQ, backwards(x_BTD, starts_BT).to(Bbar_DN.dtype), G)
-            if first_BDN is not None:
-                leaving_BDN = leaving_BDN + transition.apply(None, length, first_BDN)
-            pending = begin_prefix_state(transition, leaving_BDN, shard)
+            pending = begin_prefix_state(transition, leaving_BDN, shard, initial=initial_BDN)
         kernel_DT = torch.einsum("dng,dnq->dgq", outputs_DNG, inputs_DNQ).flatten(1)[:, :length]
         y_BTD = long_convolution(x_BTD, kernel_DT, skip=at_least_float32(self.D), document_starts=starts_BT)
         if pending is not None and leaving_BDN is not None:
             entering_BDN = pending.wait()
-            if first_BDN is not None:
-                entering_BDN = entering_BDN + first_BDN
-            elif initial_BDN is not None:
-                leaving_BDN = leaving_BDN + transition.apply(None, length, entering_BDN)
+            if initial_BDN is not None:
+                leaving_BDN = transition.after(entering_BDN, leaving_BDN, length)
             entering_BDNQ = powers(squares, times(squares[0], entering_BDN), Q)
             added_BDT = torch.einsum("dng,bdnq->bdgq", outputs_DNG, entering_BDNQ).flatten(2)[..., :length]
             y_BTD = y_BTD + before_documents(added_BDT.transpose(1, 2), starts_BT)
-        return self.output(y_BTD.to(x_BTD.dtype)), leaving_BDN
+        return y_BTD.to(x_BTD.dtype), leaving_BDN
 
     def output(self, y_BTD: Tensor) -> Tensor:
         """Across the channels."""
@@ -191,9 +187,6 @@ class S4(Mixer):
         columns = N**2 * (2**baby - 1 + 2 ** math.ceil(math.log2(giant)) - 1)
         filter = 2 * (squares + columns + N * 2**baby * giant) / length
         return linear_flops(self.out_proj.weight) + self.channels * (filter + long_convolution_flops(context))
-
-    def state_bytes(self, context: int) -> int:
-        return self.channels * self.modes * complex_dtype(self.C.dtype).itemsize
 
 
 def split_powers(length: int) -> tuple[int, int]:

@@ -20,11 +20,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from ...parallel import ModalFilter, SequenceShard, convolve
-from ..parameters import Initialiser, Linear, ParameterModule, at_least_float32, fan_in_uniform, normal
+from ..parameters import Initialiser, Linear, ParameterModule, at_least_float32, fan_in_uniform, log_uniform, normal
 from .base import LayerPlace, Mixer, MixerOptions, State, linear_flops
 from .hippo import legs_modes
 from .modal import as_complex, complex_dtype, modal_flops, modal_prefill, modal_step
@@ -33,20 +33,23 @@ Discretisation = Literal["zoh", "bilinear"]
 
 
 class S4DOptions(MixerOptions):
-    """`state`: N; `init`: where A begins; `dt_min`, `dt_max`: step sizes begin between them; `gated`: with a GLU."""
+    """A diagonal state space for each channel.
 
-    state: int = Field(default=64, ge=2)
+    Attributes:
+        state: size of the state of a channel, even: modes come in conjugate pairs.
+        gated: with a gated linear unit after it.
+        init: where A begins.
+        discretisation: how the state space is sampled: zero-order hold, or the bilinear rule.
+        dt_min: the smallest step size at first.
+        dt_max: the largest step size at first.
+    """
+
+    state: int = Field(default=64, ge=2, multiple_of=2)
     gated: bool = True
     init: Literal["lin", "inv", "quad", "legs", "real"] = "lin"
     discretisation: Discretisation = "zoh"
     dt_min: float = Field(default=1e-3, gt=0)
     dt_max: float = Field(default=1e-1, gt=0)
-
-    @model_validator(mode="after")
-    def _even(self) -> S4DOptions:
-        if self.state % 2:
-            raise ValueError(f"s4d.state must be even (conjugate pairs), not {self.state}")
-        return self
 
     def build(self, place: LayerPlace) -> S4D:
         return S4D(self, place)
@@ -142,9 +145,6 @@ class S4D(Mixer):
     def flops_per_token(self, context: int) -> float:
         return linear_flops(self.out_proj.weight) + self.ssm.flops()
 
-    def state_bytes(self, context: int) -> int:
-        return self.ssm.channels * self.ssm.modes * self.ssm.state_dtype.itemsize
-
 
 def lin(state: int) -> tuple[Tensor, Tensor, Tensor]:
     """Real and imaginary part of A, and B, (M,): A = -1/2 + i pi n, a damped Fourier series."""
@@ -195,13 +195,3 @@ def repeated(values: Callable[[], Tensor]) -> Initialiser:
         return (torch.view_as_real(made) if made.is_complex() else made).float().expand(*shape).clone()
 
     return init
-
-
-def log_uniform(smallest: float, largest: float) -> Initialiser:
-    """Logarithms, uniform between those of `smallest` and `largest`."""
-    if smallest > largest:
-        raise ValueError(
-            f"dt_min {smallest:g} exceeds dt_max {largest:g}; give step sizes from the smaller to the larger"
-        )
-    low, high = math.log(smallest), math.log(largest)
-    return lambda shape, generator: torch.rand(tuple(shape), generator=generator) * (high - low) + low

@@ -24,13 +24,18 @@ from torch import Tensor
 from ...kernels import short_convolution
 from ...parallel import FiniteFilter, ModalFilter, SequenceShard, convolve
 from ..parameters import Initialiser, at_least_float32, fan_in_uniform, normal
-from .base import LayerPlace, window_before
+from .base import LayerPlace, convolve_token, window_after, window_before
 from .gated_convolution import GatedConvolution, GatedConvolutionOptions
 from .modal import modal_flops, modal_prefill, modal_step
 
 
 class HyenaSEOptions(GatedConvolutionOptions):
-    """`taps`: K; `groups`: F, by default every channel has a filter of its own."""
+    """Short explicit filters.
+
+    Attributes:
+        taps: of a filter.
+        groups: of channels, each with one filter; by default every channel has its own.
+    """
 
     taps: int = Field(default=7, ge=2)
     groups: int | None = Field(default=None, ge=1)
@@ -40,7 +45,11 @@ class HyenaSEOptions(GatedConvolutionOptions):
 
 
 class HyenaMROptions(HyenaSEOptions):
-    """`taps`, `groups`: as of `hyena_se`; `slowest`: the least alpha, the greatest being 100."""
+    """Medium filters under a decay; see `HyenaSEOptions` for the others.
+
+    Attributes:
+        slowest: the least of the filters' decay rates, the greatest being 100.
+    """
 
     taps: int = Field(default=128, ge=2)
     slowest: float = Field(default=1.0, gt=0)
@@ -50,7 +59,11 @@ class HyenaMROptions(HyenaSEOptions):
 
 
 class HyenaLIOptions(GatedConvolutionOptions):
-    """`modes`: N."""
+    """Long implicit filters.
+
+    Attributes:
+        modes: exponentials whose sum a filter is.
+    """
 
     modes: int = Field(default=16, ge=1)
 
@@ -61,14 +74,17 @@ class HyenaLIOptions(GatedConvolutionOptions):
 class HyenaSE(GatedConvolution):
     """`taps` (F, K) by lag: the first multiplies the current token."""
 
-    skip: Tensor | None = None
-
     def __init__(self, options: HyenaSEOptions, place: LayerPlace, init: Initialiser) -> None:
         super().__init__(options, place)
         groups = options.groups or place.width
         if place.width % groups:
             raise ValueError(f"hyena: width {place.width} is not divisible by {groups} filter groups; use a divisor")
         self.taps = self.parameter("taps", (groups, options.taps), init)
+
+    @property
+    def skip(self) -> Tensor | None:
+        """The direct term (D,); SE has none."""
+        return None
 
     def filter(self) -> Tensor:
         """(D, K)"""
@@ -84,13 +100,12 @@ class HyenaSE(GatedConvolution):
     def convolution_prefill(self, u_BTD: Tensor, state: Tensor, shard: SequenceShard) -> tuple[Tensor, Tensor]:
         before_BKD = window_before(u_BTD, state, shard)
         y_BTD = short_convolution(u_BTD, self.filter().flip(1), halo=before_BKD)
-        window_BKD = torch.cat([before_BKD, u_BTD], dim=1)[:, -before_BKD.shape[1] :]
-        return y_BTD if self.skip is None else y_BTD + self.skip.to(u_BTD.dtype) * u_BTD, window_BKD
+        y_BTD = y_BTD if self.skip is None else y_BTD + self.skip.to(u_BTD.dtype) * u_BTD
+        return y_BTD, window_after(before_BKD, u_BTD)
 
     def convolution_step(self, u_BD: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        window_BKD = torch.cat([state, u_BD.unsqueeze(1)], dim=1)
-        y_BD = torch.einsum("bkd,dk->bd", window_BKD, self.filter().flip(1).to(u_BD.dtype))
-        return y_BD if self.skip is None else y_BD + self.skip.to(u_BD.dtype) * u_BD, window_BKD[:, 1:]
+        y_BD, following_BKD = convolve_token(u_BD, state, self.filter().flip(1).to(u_BD.dtype))
+        return y_BD if self.skip is None else y_BD + self.skip.to(u_BD.dtype) * u_BD, following_BKD
 
     def convolution_flops(self) -> float:
         return 2.0 * self.width * self.taps.shape[1]
@@ -105,7 +120,7 @@ class HyenaMR(HyenaSE):
         self.D = self.parameter("D", (place.width,), normal(1.0))
 
     @property
-    def skip(self) -> Tensor:  # type: ignore[override]
+    def skip(self) -> Tensor:
         return at_least_float32(self.D)
 
     def filter(self) -> Tensor:

@@ -17,7 +17,12 @@ def list_presets() -> list[str]:
 
 
 def load_preset(name: str) -> ModelConfig:
-    """The description of preset `name`.
+    """The description of preset `name`. ConfigError as of `preset_text`."""
+    return ModelConfig.parse(yaml.safe_load(preset_text(name)))
+
+
+def preset_text(name: str) -> str:
+    """The file of preset `name`: what a config's `model:` may hold in its place, and where it is from.
 
     Raises:
         ConfigError: no preset of this name; the nearest is named.
@@ -25,7 +30,6 @@ def load_preset(name: str) -> ModelConfig:
     names = list_presets()
     if name not in names:
         near = get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+        hint = f"did you mean {near[0]!r}?" if near else "`longstride presets` lists them"
         raise ConfigError(f"unknown model preset {name!r}; {hint}")
-    text = resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return ModelConfig.parse(yaml.safe_load(text))
+    return resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """Preparing corpora, and reading them back."""
 
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -106,6 +107,28 @@ def test_fasta_holds_out_the_tail_of_every_record(tmp_path):
     found = texts(open_corpus(str(tmp_path / "out")))
     assert found["train"] == [records["one"][:450], records["two"][:180].upper()]
     assert found["validation"] == [records["one"][450:], records["two"][180:].upper()]
+
+
+def test_fasta_alone_is_dna(tmp_path):
+    (tmp_path / "a.fna.gz").write_bytes(gzip.compress(b">one\nACGTacgt\n"))
+    (tmp_path / "b.fa").write_text(">two\nTTTT\n")
+    (tmp_path / "c.txt").write_text("text")
+    (tmp_path / "d.fasta").write_text(">three\nMKVLAE\n")
+    for name, sources, options, tokenizer in (
+        ("auto", ["a.fna.gz", "b.fa"], {}, "dna"),
+        ("mixed", ["a.fna.gz", "c.txt"], {}, "bytes"),
+        ("text", ["c.txt"], {}, "bytes"),
+        ("asked", ["a.fna.gz"], {"tokenizer": "bytes"}, "bytes"),
+        ("proteins", ["d.fasta"], {"tokenizer": "bytes"}, "bytes"),
+    ):
+        paths, out = [str(tmp_path / source) for source in sources], str(tmp_path / name)
+        assert prepare(paths, out, **options).tokenizer == open_corpus(out).tokenizer.name == tokenizer
+    with pytest.raises(
+        CorpusError, match=r"d\.fasta: 'L' is not a base: .*; `--tokenizer bytes --overwrite` takes any"
+    ):
+        prepare(str(tmp_path / "d.fasta"), str(tmp_path / "wrong"))
+    made = prepare(str(tmp_path / "d.fasta"), str(tmp_path / "wrong"), tokenizer="bytes", overwrite=True)
+    assert sum(made.num_tokens.values()) >= 7
 
 
 def test_any_range_is_the_same_as_the_whole(prepared):
@@ -282,6 +305,17 @@ def test_a_full_disk_is_not_tried_again(caplog):
     with pytest.raises(CorpusError, match=r"^cannot write x: No space left on device$"):
         patiently(write, "cannot write x")
     assert time.monotonic() - began < 0.4 and not caplog.records
+
+
+def test_a_disk_that_fills_up_under_a_shard_is_one_line(jsonl, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def staged(folder, name):
+        with Path("/dev/full").open("w+b", buffering=0) as disk:
+            yield disk
+
+    monkeypatch.setattr("longstride.data.storage.Folder.staged", staged)
+    with pytest.raises(CorpusError, match=r"^cannot write \S+/train-00000.tokens: No space left on device$"):
+        prepare(jsonl, str(tmp_path / "out"))
 
 
 _KILLED = """

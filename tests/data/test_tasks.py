@@ -65,20 +65,22 @@ def test_induction_heads() -> None:
     assert nearly_uniform(places, set(range(37)))
 
 
-def test_associative_recall() -> None:
-    task = opened("associative-recall")
+@pytest.mark.parametrize("vocabulary", [20, 30])
+def test_associative_recall(vocabulary: int) -> None:
+    """H3's 9 keys and 9 values, and Hyena's 14 and 14: two ids are not used in pairs."""
+    task, keys = opened("associative-recall", vocabulary=vocabulary), vocabulary // 2 - 1
     found, queries = [], []
     for tokens, answers in examples(task, 2000):
-        assert tokens[-2] == 19
+        assert tokens[-2] == vocabulary - 1
         pairs = list(zip(tokens[:-2:2], tokens[1:-2:2], strict=True))
         mapping = dict(pairs)
-        assert len(set(pairs)) == len(mapping) and max(mapping) < 9
-        assert all(9 <= value < 18 for value in mapping.values())
+        assert len(set(pairs)) == len(mapping) and max(mapping) < keys
+        assert all(keys <= value < 2 * keys for value in mapping.values())
         assert answers == {21: mapping[tokens[-1]]}  # KeyError: the key did not occur
         found.append(answers[21])
         queries.append(tokens[-1])
-    assert nearly_uniform(found, set(range(9, 18)))
-    assert nearly_uniform(queries, set(range(9)))
+    assert nearly_uniform(found, set(range(keys, 2 * keys)))
+    assert nearly_uniform(queries, set(range(keys)))
 
 
 def test_the_config_of_h3s_recall_is_the_papers_task() -> None:

@@ -12,6 +12,7 @@ What is behind it stays real and never learns of the fault. `faults` counts how 
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
 import threading
@@ -27,13 +28,15 @@ SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request ra
 class Fault:
     """`amount`: seconds of delay, or bytes before a drop. `left`: how often it strikes yet; None: until healed.
 
-    `lasts`: seconds from the first time that it strikes until it is healed.
+    `lasts`: seconds from the first time that it strikes until it is healed. `rate`: bytes a second, all connections
+    and both directions together.
     """
 
-    kind: Literal["none", "refuse", "delay", "throttle", "drop", "hang"] = "none"
+    kind: Literal["none", "refuse", "delay", "throttle", "drop", "hang", "slow"] = "none"
     amount: float = 0.0
     left: int | None = None
     lasts: float | None = None
+    rate: float = math.inf
 
 
 class FaultProxy:
@@ -45,6 +48,8 @@ class FaultProxy:
         self._fault = Fault()
         self._changed = threading.Condition()
         self._open: set[socket.socket] = set()
+        self._asked: set[socket.socket] = set()  # connections to upstream with a request and no answer yet
+        self._free_at = 0.0  # when a slow link has passed what it was given
         self._listener = socket.create_server((host, 0))
         self.port: int = self._listener.getsockname()[1]
         self._listen()
@@ -65,6 +70,10 @@ class FaultProxy:
     def delay(self, seconds: float, lasts: float | None = None) -> None:
         """Every piece of an answer comes so much later; from the first one on for `lasts` seconds."""
         self._set(Fault("delay", seconds, lasts=lasts))
+
+    def slow(self, rate: float, latency: float) -> None:
+        """So many bytes pass in a second, to and fro together, and every answer begins so many seconds later."""
+        self._set(Fault("slow", latency, rate=rate))
 
     def throttle(self, times: int | None = None) -> None:
         """HTTP requests are answered with 503 SlowDown."""
@@ -154,10 +163,11 @@ class FaultProxy:
         self._pump(server, client, True)
 
     def _pump(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
-        passed = 0
+        passed, server = 0, source if answers else target
         try:
             while block := source.recv(CHUNK):
-                fault = self._fault
+                fault, begins = self._fault, answers and server in self._asked
+                (self._asked.discard if answers else self._asked.add)(server)
                 if fault.kind == "hang":
                     self._strike()
                     with self._changed:
@@ -165,6 +175,9 @@ class FaultProxy:
                 elif fault.kind == "delay" and answers:
                     self._strike()
                     time.sleep(fault.amount)
+                elif fault.kind == "slow":
+                    self._strike()
+                    time.sleep(self._on_the_way(len(block), fault) + (fault.amount if begins else 0.0))
                 elif fault.kind == "drop" and passed + len(block) > fault.amount and self._strike():
                     target.sendall(block[: max(0, int(fault.amount) - passed)])
                     raise ConnectionResetError
@@ -180,12 +193,20 @@ class FaultProxy:
                 self._close(source)
                 self._close(target)
 
+    def _on_the_way(self, length: int, fault: Fault) -> float:
+        """Seconds until a slow link has passed so many bytes, behind those that it has yet to pass."""
+        with self._changed:
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + length / fault.rate
+            return self._free_at - now
+
     def _reset_all(self) -> None:
         for end in list(self._open):
             self._close(end, reset=True)
 
     def _close(self, end: socket.socket, *, reset: bool = False) -> None:
         self._open.discard(end)
+        self._asked.discard(end)
         with contextlib.suppress(OSError):
             if reset:  # without lingering, a close sends RST
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -8,8 +8,8 @@ from longstride.data import object_store
 
 from .proxy import FaultProxy
 
-OUTAGE = 0.8
-IMPATIENCE = 0.5
+OUTAGE = 1.5
+IMPATIENCE = 1.0
 
 
 def hurry() -> None:

@@ -134,7 +134,8 @@ def test_nothing_is_lost_or_torn_when_the_store_is_killed(gateway: CephGateway, 
 
 def test_without_another_try_one_kill_ends_the_run(gateway: CephGateway, tmp_path: Path) -> None:
     write_config(tmp_path)
-    process = start(tmp_path, "run.directory=s3://bucket/runs", "run.name=disturbed", patience=0)
+    words = ("run.directory=s3://bucket/runs", "run.name=disturbed", "recovery.max_failures=0")
+    process = start(tmp_path, *words, patience=0)
     try:
         filesystem = fsspec.filesystem("s3")
         while not filesystem.exists("bucket/runs/disturbed/checkpoints"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ..orchestrator.commands import finish, losses, start_command, write_config
+from ..orchestrator.commands import finish, losses, running, write_config
 from ..orchestrator.nodes import title, wait_until
 from ..orchestrator.test_cluster import info, recorded
 
@@ -42,8 +40,7 @@ def starve(process: psutil.Process) -> None:
 def test_a_worker_without_memory_is_replaced(tmp_path: Path) -> None:
     write_config(tmp_path)
     run, peace = (tmp_path / "runs" / name for name in ("starved", "peace"))
-    training = start_command("train", "small.yaml", *SETTINGS, "run.name=starved", directory=tmp_path)
-    try:
+    with running("train", "small.yaml", *SETTINGS, "run.name=starved", directory=tmp_path) as training:
         wait_until(lambda: recorded(run) >= 5, "step 5", timeout=300)
         children = psutil.Process(training.pid).children(recursive=True)
         workers = [process for process in children if title(process).startswith("ray::Worker")]
@@ -51,10 +48,6 @@ def test_a_worker_without_memory_is_replaced(tmp_path: Path) -> None:
         starve(workers[0])
         wait_until(lambda: len(info(run)["starts"]) == 2, "another start", timeout=300)
         outcome = finish(training, timeout=300)
-    finally:
-        if training.poll() is None:
-            os.killpg(training.pid, signal.SIGTERM)
-            training.wait(60)
     assert outcome.code == 0, outcome.stderr
     resumed = info(run)["starts"][1]["step"]
     assert resumed > 0 and resumed % 3 == 0

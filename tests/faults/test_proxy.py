@@ -90,6 +90,17 @@ def test_delayed(proxy: FaultProxy) -> None:
     assert time.monotonic() - began > 0.1
 
 
+def test_a_slow_link_passes_so_many_bytes_a_second(proxy: FaultProxy) -> None:
+    proxy.slow(rate=len(BODY) / 0.5, latency=0.2)
+    began = time.monotonic()
+    threads = [threading.Thread(target=get, args=(proxy,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 1.0 < time.monotonic() - began < 5, "both share it"
+
+
 def test_what_hangs_arrives_once_healed(proxy: FaultProxy) -> None:
     proxy.hang()
     with pytest.raises(TimeoutError):

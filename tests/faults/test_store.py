@@ -15,12 +15,14 @@ from botocore.exceptions import ClientError, ReadTimeoutError
 from s3fs import S3FileSystem
 from s3fs.errors import translate_boto_error
 from torch import Tensor
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.tensor import DTensor
 
 from longstride.data import StoreUnavailable, object_store
+from longstride.data.object_store import PatientS3FileSystem
 from longstride.data.storage import open_filesystem
 from longstride.workers.checkpoint import CheckpointError
-from longstride.workers.dcp_storage import digest_file
+from longstride.workers.dcp_storage import RestrictedReader, digest_file
 from longstride.workers.manifest import list_checkpoints
 from longstride.workers.run_directory import find_run
 from longstride.workers.storage import Storage, StorageError, StorageUnavailable
@@ -75,13 +77,45 @@ def save_and_load(rank: int, world_size: int, server: tuple[str, int]) -> dict[s
     return outcomes
 
 
+@pytest.mark.timeout(600)
 def test_a_checkpoint_is_whole_whatever_the_store_does(server: tuple[str, int], store: FaultProxy) -> None:
-    for outcomes in run_ranks(save_and_load, 2, server):
+    for outcomes in run_ranks(save_and_load, 2, server, timeout=500):
         assert outcomes.keys() == FAULTS.keys()
         for saving, loading, same, problems in outcomes.values():
             assert saving > 0 and loading > 0, f"the fault struck: {outcomes}"
             assert same
             assert problems == []
+
+
+def fetch_a_checkpoint(rank: int, world_size: int, server: tuple[str, int]) -> tuple[int, list[int]]:
+    """How long the files of a checkpoint are, and what is fetched to load it: by us, and by DCP's own reader."""
+    with own_proxy(server):
+        trainer = trainer_of(rank, world_size, "fetched")
+        trainer.step()
+        trainer.save()
+        checkpoint, manifest, _ = trainer.checkpointer.latest()
+        original, fetched, read_data = PatientS3FileSystem._call_s3, [0, 0], RestrictedReader.read_data
+
+        async def call(self: PatientS3FileSystem, method: str, *arguments: Any, **named: Any) -> Any:
+            answer = await original(self, method, *arguments, **named)
+            if method == "get_object" and named["Key"].endswith(".distcp"):
+                fetched[-1] += answer["ContentLength"]
+            return answer
+
+        PatientS3FileSystem._call_s3 = call  # type: ignore[method-assign]
+        trainer.checkpointer.load(checkpoint, manifest)
+        ours, fetched[-1] = fetched[-1], 0
+        RestrictedReader.read_data = FsspecReader.read_data  # type: ignore[method-assign]
+        trainer.checkpointer.load(checkpoint, manifest)
+        PatientS3FileSystem._call_s3, RestrictedReader.read_data = original, read_data  # type: ignore[method-assign]
+        length = sum(file["bytes"] for name, file in manifest.files.items() if name.endswith(".distcp"))
+        return length, [ours, fetched[-1]]
+
+
+def test_what_is_loaded_is_fetched_once(server: tuple[str, int], store: FaultProxy) -> None:
+    """Where DCP goes back in a file, what was read ahead is fetched again."""
+    ((length, (ours, without)),) = run_ranks(fetch_a_checkpoint, 1, server)
+    assert ours <= length < 2 * length < without
 
 
 def meet_a_dead_store(rank: int, world_size: int, server: tuple[str, int]) -> list[str]:

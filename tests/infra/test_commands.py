@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longstride.orchestrator.arguments import COMMANDS, parse
+from longstride.orchestrator.arguments import COMMANDS
+from longstride.orchestrator.parser import parse
 from longstride.workers import Experiment
 
 ROOT = Path(__file__).parent.parent.parent

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longstride.kernels import begin_selective_scan, compiled, selective_scan
 from longstride.kernels.living import negligible_exponent
+from longstride.kernels.selective_scan import recurrence as recurrences
 from longstride.kernels.selective_scan.readout import Steps, living_bands
 from longstride.kernels.selective_scan.reference import selective_scan_reference
 from longstride.kernels.selective_scan.stages import Entering
@@ -79,6 +80,17 @@ def test_the_state_ends_at_the_first_document(starts: tuple[tuple[int, int], ...
     assert worst_error(staged, partial(stepped, starts=mask), inputs) > 1e-3  # negative control
 
 
+@pytest.mark.parametrize("starts", [None, ((0, 10), (1, 70)), ((0, 64), (1, 130))])
+def test_the_state_crosses_short_segments(
+    starts: tuple[tuple[int, int], ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state that a document has ended is in no later segment's either."""
+    monkeypatch.setattr(recurrences, "_SEGMENT_ELEMENTS", 1)
+    inputs = stage_arguments(2, 150, 17, 3, speed=0.05)
+    mask = None if starts is None else start_mask(2, 150, *starts)
+    assert_same(partial(staged, starts=mask), partial(stepped, starts=mask), inputs)
+
+
 def test_one_row_of_starts_for_the_batch() -> None:
     inputs, mask = stage_arguments(2, 120, 3, 3, speed=0.05), start_mask(1, 120, (0, 70))
     assert_same(partial(staged, starts=mask), partial(stepped, starts=mask), inputs)
@@ -130,19 +142,6 @@ def test_expanded_and_strided_gradients() -> None:
         return y.mean(0), state.mT.sum(0) + y.mT[0, :4, :9].sum()
 
     assert_same(partial(mean, staged), partial(mean, stepped), inputs)
-
-
-def test_an_initial_state_comes_on_top() -> None:
-    inputs = stage_arguments(1, 60, 9, 3, speed=0.1)
-
-    def both(*x: Tensor) -> Tensor:
-        stages = begin_selective_scan(*x[:5], D=x[5], delta_bias=x[6], initial_state=x[7])
-        return stages.finish(2 * x[7])
-
-    def once(*x: Tensor) -> Tensor:
-        return stepped(*x[:7], 3 * x[7])[0]
-
-    assert_same(both, once, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

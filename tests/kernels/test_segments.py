@@ -32,7 +32,7 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "CACHE_ELEMENTS", 1)
 
 
-STARTS = [None, start_mask(1, 700, (0, 0), (0, 300), (0, 511)), start_mask(2, 700, (0, 256), (1, 100), (1, 699))]
+STARTS = [None, start_mask(1, 700, (0, 300), (0, 511)), start_mask(2, 700, (0, 256), (1, 100), (1, 699))]
 
 
 @pytest.mark.parametrize("starts", STARTS)

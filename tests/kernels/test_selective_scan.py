@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longstride.kernels import selective_scan
+from longstride.kernels.selective_scan import recurrence as recurrences
 from longstride.kernels.selective_scan.portable import SelectiveScan
 from longstride.kernels.selective_scan.recurrence import Recurrence, SegmentPlan
 from longstride.kernels.selective_scan.reference import selective_scan_reference
@@ -70,6 +71,16 @@ def test_documents_forget_the_state_before_them(rows: int, positions: tuple[int,
     assert_same(fast, slow, inputs)
     # Negative control: without the mask the result differs far beyond the tolerance.
     assert worst_error(partial(full, selective_scan, delta_softplus=True), slow, inputs) > 1e-3
+
+
+def test_states_and_gradients_cross_short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrences, "_SEGMENT_ELEMENTS", 1)
+    assert SegmentPlan.choose(200, 24, torch.device("cpu")).segment == 64
+    inputs, starts = arguments(2, 200, 3, 4), start_mask(2, 200, (0, 63), (0, 64), (1, 100))
+    for mask in (None, starts):
+        options = {"delta_softplus": True, "document_starts": mask}
+        fast, slow = (partial(full, scan, **options) for scan in (selective_scan, selective_scan_reference))
+        assert_same(fast, slow, inputs)
 
 
 def test_only_the_required_arguments() -> None:

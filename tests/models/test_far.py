@@ -21,7 +21,7 @@ from longstride.kernels import triton_support
 from longstride.models import DropoutKey
 from longstride.parallel import Mesh, SequenceShard
 from longstride.workers import Trainer
-from longstride.workers.checkpoint import optimizer_tensors
+from longstride.workers.checkpoint_tensors import optimizer_tensors
 from longstride.workers.optimization import local
 from tests.distributed import run_ranks
 from tests.far import FAR, Far, FarTensor, Misplaced, far_device

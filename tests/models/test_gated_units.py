@@ -109,7 +109,7 @@ def test_flash_decodes_in_bounded_memory() -> None:
 
 def test_options_that_do_not_fit_are_refused_in_one_line() -> None:
     for family in ("gau", "flash"):
-        with pytest.raises(ValueError, match="key_dim must be even for rotary positions, not 7"):
+        with pytest.raises(ValueError, match="key_dim: input should be a multiple of 2, not 7"):
             ModelConfig.parse({**SMALL, "layers": f"[{family}(key_dim=7)]"})
 
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from longstride.models import ModelConfig, build_model
+from longstride.models.language_model import Part
 from longstride.parallel import SequenceShard
 
-from .cases import MODEL_CASES, SMALL, difference, make_model
+from .cases import EXPERTS, MODEL_CASES, SMALL, difference, make_model
 
 every_model = pytest.mark.parametrize("case", MODEL_CASES.values(), ids=MODEL_CASES)
 
@@ -87,6 +88,26 @@ def test_a_new_model_knows_nothing() -> None:
         targets_BT = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             assert abs(model(tokens_BT, targets_BT).cross_entropy - math.log(256)) < 0.1
+
+
+def test_parts_add_up_to_the_step() -> None:
+    """Losses and gradients; of the routers' losses those that are means over tokens."""
+    routers = {**EXPERTS["moe"], "balance_loss": 0.0}
+    model = make_model({**MODEL_CASES["every part"], "moe": routers, "logit_pull": 0.1})
+    tokens_BT, targets_BT = torch.randint(SMALL["vocab_size"], (2, 3, 14), generator=torch.Generator().manual_seed(0))
+    targets_BT[0, 2:9] = targets_BT[1, 0] = -100
+    whole = model(tokens_BT, targets_BT)
+    assert whole.routers > 1e-3
+    expected = torch.autograd.grad(whole.total, list(model.parameters()))
+    pieces, valid = [slice(0, 1), slice(1, 3)], int((targets_BT != -100).sum())
+    parts = [
+        model(tokens_BT[rows], targets_BT[rows], part=Part((rows.stop - rows.start) / 3, valid)) for rows in pieces
+    ]
+    for ours, theirs in zip(zip(*parts, strict=True), whole, strict=True):
+        assert difference(sum(ours, torch.zeros(())), theirs) < 1e-12
+    gradients = [torch.autograd.grad(part.total, list(model.parameters())) for part in parts]
+    for first, second, theirs in zip(*gradients, expected, strict=True):
+        assert difference(first + second, theirs) < 1e-12
 
 
 def test_no_valid_target_is_a_loss_of_zero() -> None:

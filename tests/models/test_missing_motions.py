@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longstride.kernels.wkv7 import Wkv7Stages, begin_wkv7
-from longstride.models import matrix_memory
+from longstride.models.mixers import matrix_memory
 from longstride.parallel import SequenceShard, Strategies, Transition
 from longstride.parallel.prefix import _Flight
 from longstride.parallel.ring import Ring
@@ -63,7 +63,7 @@ def no_halo() -> AbstractContextManager[Any]:
     def zeros(x: Tensor, width: int, shard: SequenceShard) -> Tensor:
         return x.new_zeros(x.shape[0], width, *x.shape[2:])
 
-    return mock.patch.object(HALO._Halo, "apply", zeros)
+    return mock.patch.object(HALO, "_fetch", zeros)
 
 
 def own_keys_only() -> AbstractContextManager[Any]:

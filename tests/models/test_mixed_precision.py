@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from longstride import kernels
-from longstride.models import LanguageModel, ModelConfig, build_model, initialise, kept_in_float32
+from longstride.models import LanguageModel, ModelConfig, build_model, initialise, kept_in_float32, list_presets
 from longstride.parallel import Mesh, SequenceShard, shard_model
 from tests.distributed import run_ranks
 
-from .cases import MIXER_CASES, SMALL
+from .cases import MIXER_CASES, MODEL_CASES, SMALL
 
 LENGTH = 24
 Seen = dict[str, set[torch.dtype]]
@@ -64,7 +64,7 @@ def tokens() -> Tensor:
     return torch.randint(SMALL["vocab_size"], (2, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def watch_kernels() -> Seen:
+def watch_kernels(replace: Callable[[Any, str, Any], None] = setattr) -> Seen:
     """From here on, the dtypes of every tensor that a kernel is called with, by kernel and argument."""
     seen: Seen = defaultdict(set)
     doors = {name: getattr(kernels, name) for name in kernels.__all__}
@@ -85,7 +85,7 @@ def watch_kernels() -> Seen:
         if module_name.startswith(("longstride.models", "longstride.parallel")):
             for name, door in doors.items():
                 if name in replaced and module.__dict__.get(name) is door:
-                    setattr(module, name, replaced[name])
+                    replace(module, name, replaced[name])
     return seen
 
 
@@ -173,3 +173,59 @@ def test_loss_and_gradients_are_those_of_float32_within_bfloat16() -> None:
     for name, grad in exact.items():
         assert grad is not None and grad.dtype == torch.float32
         assert relative(grads[name], grad) < 0.2, name
+
+
+SLOW = "[mamba2(state=8, head_dim=16, dt_min=0.01, dt_max=0.2)] x 2"
+"""Sums of log decays reach hundreds within a chunk and matter far below one."""
+
+
+def mamba2_gradients(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of the decays' parameters, over chunks of many tokens; in float64, of the numbers that bfloat16 computes with."""
+    case = {**SMALL, "width": 32, "layers": SLOW, "tie_embeddings": False}
+    model = build_model(ModelConfig.parse(case))
+    kept = kept_in_float32(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data if parameter in kept else parameter.data.bfloat16()
+        parameter.data = parameter.data.double() if dtype == torch.float64 else parameter.data
+    long = torch.randint(SMALL["vocab_size"], (2, 600), generator=torch.Generator().manual_seed(0))
+    model.loss(long, long.roll(-1, 1)).backward()
+    named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: grad.double() for name, grad in named.items() if name.endswith(("A_log", "dt_bias"))}
+
+
+def test_mamba2_sums_its_log_decays_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, found = mamba2_gradients(torch.float64), mamba2_gradients(torch.bfloat16)
+    assert len(exact) == 4 and all(relative(found[name], exact[name]) < 0.025 for name in exact)
+    cumsum = Tensor.cumsum
+
+    def rounded(x: Tensor, *args: Any) -> Tensor:
+        sums = cumsum(x, *args)
+        return sums.bfloat16().to(sums.dtype) if sums.is_floating_point() else sums
+
+    monkeypatch.setattr(Tensor, "cumsum", rounded)
+    bent = mamba2_gradients(torch.bfloat16)  # negative control
+    assert all(relative(bent[name], exact[name]) > 0.03 for name in exact)
+
+
+WHOLE = {name: {**SMALL, **case} for name, case in MODEL_CASES.items()}
+WHOLE |= {name: name for name in list_presets() if name.endswith("-small")}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", WHOLE)
+def test_layers_of_every_model_meet_in_bfloat16(name: str, autocast: bool) -> None:
+    """With what stays in float32 there, as FSDP has it, or under PyTorch's autocast."""
+    case = WHOLE[name]
+    model = build_model(case if isinstance(case, str) else ModelConfig.parse(case))
+    here = torch.randint(model.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = model.loss(here, here)
+    if not autocast:
+        kept = kept_in_float32(model)
+        for parameter in model.parameters():
+            if parameter not in kept:
+                parameter.data = parameter.data.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = model.loss(here, here)
+    loss.backward()
+    assert loss.dtype == torch.float32 and float(loss.detach()) == pytest.approx(float(exact), rel=1e-2)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from longstride.kernels import attention
 from longstride.models.mixers.attention import window_attention
+from longstride.models.mixers.hyena import Hyena
 from longstride.parallel import SequenceShard
 
 from .cases import (
@@ -119,6 +124,51 @@ def test_half_precision_stays_close_to_double(name: str) -> None:
     half_BTD = mixer.to(torch.bfloat16)(x_BTD.to(torch.bfloat16), SequenceShard.whole(LENGTH))
     assert half_BTD.dtype == torch.bfloat16
     assert difference(half_BTD.double(), expected_BTD) < 0.1
+
+
+def slow_filters(mixer: Hyena) -> Tensor:
+    """(D, N - 1, L) at every lag, from the network's weights and the paper's equations alone."""
+    options, convolutions = mixer.filter.options, mixer.order - 1
+    lags_L, pairs = torch.arange(options.max_length, dtype=torch.float64), (options.features - 1) // 2
+    angle_L, position_L = 2 * math.pi * lags_L / options.max_length, lags_L / (options.max_length - 1)
+    frequencies = [1e-4 + pair * (pairs - 1 - 1e-4) / (pairs - 1) for pair in range(pairs)]
+    cosines, sines = ([f(angle_L * frequency) for frequency in frequencies] for f in (torch.cos, torch.sin))
+    hidden_LF = torch.stack([position_L, *cosines, *(-sine_L for sine_L in sines)], dim=1)
+    for layer in mixer.filter.layers:
+        hidden_LF = torch.sin(mixer.filter.frequency * (hidden_LF @ layer.weight.t() + layer.bias))
+    # channels major, convolutions minor, in the last matrix and in the windows' rates
+    rates = len(mixer.filter.output) * convolutions
+    slowest, fastest = -math.log(options.target) / options.slow, -math.log(options.target) / options.fast
+    rows = []
+    for row, weight_F in enumerate(mixer.filter.output.flatten(0, 1)):
+        rate = slowest + (fastest - slowest) * row / (rates - 1)
+        rows.append((hidden_LF @ weight_F) * (torch.exp(-rate * position_L) + options.shift))
+    return torch.stack(rows).unflatten(0, (-1, convolutions))
+
+
+def slow_hyena(mixer: Hyena, x_BTD: Tensor) -> Tensor:
+    """Its equations, one token and one lag after another."""
+    tokens, taps_DNL = range(x_BTD.shape[1]), slow_filters(mixer)
+    padded_BTM = F.pad(mixer.in_proj(x_BTD), (0, 0, 2, 0))
+    convolved = [(padded_BTM[:, t : t + 3] * mixer.conv_weight.t()).sum(1) + mixer.conv_bias for t in tokens]
+    *gates, v_BTD = torch.stack(convolved, dim=1).split(WIDTH, dim=-1)
+    for convolution in range(mixer.order - 1):
+        u_BTD = gates[mixer.order - 1 - convolution] * v_BTD
+        taps_LD = taps_DNL[:, convolution].t()
+        sums = [torch.stack([taps_LD[lag] * u_BTD[:, t - lag] for lag in range(t + 1)]).sum(0) for t in tokens]
+        v_BTD = torch.stack(sums, dim=1) + mixer.skip[convolution] * u_BTD
+    return mixer.out_proj(gates[0] * v_BTD)
+
+
+@pytest.mark.parametrize("name", ["hyena", "hyena of order 3"])
+def test_hyena_is_its_equations(name: str) -> None:
+    mixer, x_BTD = make_mixer(name), numbers("x", 2, LENGTH, WIDTH)
+    assert isinstance(mixer, Hyena) and mixer.conv_weight.shape[1] == 3
+    y_BTD = mixer(x_BTD, SequenceShard.whole(LENGTH))
+    assert difference(y_BTD, slow_hyena(mixer, x_BTD)) < 1e-13
+    with torch.no_grad():
+        mixer.filter.output.copy_(mixer.filter.output.flip(0, 1))
+    assert difference(y_BTD, slow_hyena(mixer, x_BTD)) > 1e-2  # whose filter is whose matters
 
 
 def test_hyena_filters_do_not_depend_on_the_length_at_hand() -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longstride.models import matrix_memory
+from longstride.models.mixers import matrix_memory
 from longstride.parallel import (
     SequenceShard,
     Strategies,
@@ -109,8 +109,8 @@ def test_nobody_waits_for_a_state_that_travels_meanwhile() -> None:
 def eager_waits(rank: int, world: int) -> Waits:
     """RWKV-7 that awaits the state as soon as it has sent its own."""
 
-    def at_once(transition: Transition, state: Tensor, shard: SequenceShard) -> PendingState:
-        return PendingState(None, prefix_state(transition, state, shard))
+    def at_once(transition: Transition, state: Tensor, shard: SequenceShard, **how: Any) -> PendingState:
+        return PendingState(None, prefix_state(transition, state, shard, **how))
 
     with mock.patch.object(matrix_memory, "begin_prefix_state", at_once):
         return waits(rank, world, ["rwkv7"])

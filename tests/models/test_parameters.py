@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from longstride.models import LanguageModel, ModelConfig, build_model, initialise, weight_decayed
+from longstride.models.mixers.hyena import ImplicitFilter
 from longstride.models.mixers.mamba import log_uniform_step_sizes
+from longstride.models.parameters import LayerNorm
 from longstride.parallel import Mesh, shard_model
 from tests.distributed import run_ranks
+
+from .cases import MIXER_CASES, make_model
 
 CONFIG = {
     "vocab_size": 48,
@@ -109,14 +115,50 @@ def test_step_sizes_the_wrong_way_round_are_one_line(mixer: str) -> None:
         build_model({"vocab_size": 16, "width": 64, "layers": mixer, **options}, device="meta")
 
 
-def test_weight_decay_spares_vectors_and_decay_rates() -> None:
+def test_weight_decay_spares_vectors_decay_rates_and_filters() -> None:
     model = build_model(CONFIG)
     decayed = weight_decayed(model)
     assert decayed < set(values(model))
     spared = set(values(model)) - decayed
     assert {"blocks.0.mixer.A_log", "blocks.0.mixer.D", "blocks.1.mixer.skip", "norm.weight"} <= spared
+    # Hyena's filters as in the authors' code
+    assert {"blocks.1.mixer.filter.layers.1.weight", "blocks.1.mixer.filter.output"} <= spared
     assert {"embedding.weight", "blocks.1.feed_forward.experts.down", "blocks.0.mixer.conv_weight"} <= decayed
-    assert all(values(model)[name].dim() == 1 or name.endswith(("A_log", "skip")) for name in spared)
+    matrices = [name for name in spared if values(model)[name].dim() > 1]
+    assert all(".filter." in name or name.endswith(("A_log", "skip")) for name in matrices)
+
+
+def test_the_embedding_may_begin_larger_than_the_rest() -> None:
+    model = build_model({**CONFIG, "embedding_std": 0.5})
+    assert 0.4 < model.embedding.weight.std() < 0.6
+    assert build_model(CONFIG).embedding.weight.std() < 0.03
+
+
+def test_layer_norm_computes_in_the_precision_of_its_weight() -> None:
+    norm, x = LayerNorm(16, 1e-5), torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    initialise(norm, seed=0)
+    with torch.no_grad():
+        norm.weight += torch.linspace(0, 1, 16)
+    assert torch.equal(norm(x), norm(x.float()).bfloat16())
+
+
+def test_hyenas_windows_decay_from_channel_to_channel_and_within_one_from_convolution_to_convolution() -> None:
+    model, lag = (
+        build_model({"vocab_size": 3, "width": 4, "layers": "[hyena(order=3, max_length=8)]"}),
+        torch.tensor([7]),
+    )
+    filters = model.get_submodule("blocks.0.mixer.filter")
+    assert isinstance(filters, ImplicitFilter)
+    ends = torch.cat([filters.window(lag, slice(0, 4), convolution) for convolution in (0, 1)], dim=1)
+    assert (ends.flatten().diff() < 0).all()
+
+
+@pytest.mark.parametrize("name", MIXER_CASES)
+def test_a_pickled_model_computes_the_same(name: str) -> None:
+    model, tokens = make_model(MIXER_CASES[name]), torch.arange(10).unsqueeze(0)
+    read = pickle.loads(pickle.dumps(model))
+    assert torch.equal(read.logits(tokens), model.logits(tokens))
+    assert weight_decayed(read) == weight_decayed(model) == weight_decayed(copy.deepcopy(model))
 
 
 def test_undeclared_parameters_are_refused() -> None:

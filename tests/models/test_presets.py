@@ -83,7 +83,10 @@ COUNTED = {
     "evo-2-7b": evo_count((9, 9, 9, 5), 4096, 11264, 256),
     "evo-2-40b": evo_count((14, 14, 14, 8), 8192, 22528, 512),
 }
-# the published plan with Conba's closed loop, and Jamba with two matrices and biases more in each of 28 layers
+# The published plan with Conba's closed loop, and Jamba with two matrices and biases more, Z, g, F and b, in each of 28
+# layers. The shapes in the authors' code come to 51,570,323,328 + 28 x 67,109,408 = 53.45B, but cannot run: Z and F of
+# 16 x 16 and a gain K of 8192 x 8192, for vectors of 4096. Repaired, all are of the model's width, and K, which moves
+# online, is a buffer and no parameter: 28 x (2 x 4096^2 + 2 x 4096).
 MIXCON = {
     "mixcon-published": 52_627_738_624,
     "mixcon-released": PUBLISHED["jamba-v0.1"] + 28 * (2 * 4096 * 4096 + 2 * 4096),

@@ -1,6 +1,8 @@
-"""Every CPU-sized preset learns: a few optimiser steps on two processes that share each sequence."""
+"""CPU-sized models learn, every preset and what none holds: a few steps on two processes that share each sequence."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from longstride.parallel import SequenceShard
 from tests.distributed import run_ranks
 
 PRESETS = [name for name in list_presets() if name.endswith("-small")]
+# of Conba's variants only `exact` has no preset
+EXACT = {"vocab_size": 64, "width": 32, "layers": "[conba(variant=exact, state=8)] x 2"}
 LENGTH, BATCH, STEPS, DOCUMENTS = 64, 2, 16, [23, 40]
 
 
-def losses(rank: int, world: int, name: str) -> list[float]:
+def losses(rank: int, world: int, name: str | dict[str, Any]) -> list[float]:
     """Of every step, on sequences in which each token decides the next."""
     torch.set_num_threads(1)
     shard = SequenceShard.split(LENGTH, dist.group.WORLD, DOCUMENTS)
@@ -38,8 +42,8 @@ def losses(rank: int, world: int, name: str) -> list[float]:
     return seen
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_loss_falls_on_two_processes(name: str) -> None:
+@pytest.mark.parametrize("name", [*PRESETS, pytest.param(EXACT, id="conba, exact")])
+def test_the_loss_falls_on_two_processes(name: str | dict[str, Any]) -> None:
     first, second = run_ranks(losses, 2, name)
     assert first == second
     assert min(first[-3:]) < 0.8 * first[0], first

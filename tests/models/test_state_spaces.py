@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -137,16 +138,40 @@ def test_s4d_ends_with_a_glu_or_without(gated: bool) -> None:
     assert out.shape == y_BTD.shape and difference(mixer.output(y_BTD), out) < 1e-12
 
 
-def test_s4d_begins_where_the_paper_says() -> None:
-    case = {"layers": "[s4d(state=8)]", "width": 400, "vocab_size": 4, "feed_forward": "none"}
-    model = make_model(case)
+def legs_by_numpy(state: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of HiPPO-LegS' normal part: the eigenvalues of positive frequency, and what of B is along their eigenvectors."""
+    n = np.arange(state)
+    A_NN = -np.tril(np.sqrt(np.outer(2 * n + 1, 2 * n + 1)), -1) - np.diag(n + 1)
+    values_N, vectors_NN = np.linalg.eig(A_NN + np.sqrt(np.outer(n + 0.5, n + 0.5)))
+    order_M = np.argsort(np.imag(values_N))[state // 2 :]
+    return values_N[order_M], np.abs(vectors_NN.conj().T @ np.sqrt(2 * n + 1))[order_M]
+
+
+STATE = 8
+HALF, WHOLE = np.arange(STATE // 2), np.arange(STATE)
+S4D_BEGINS = {
+    "lin": (-0.5 + 1j * np.pi * HALF, np.ones(4)),
+    "inv": (-0.5 + 1j * STATE / np.pi * (STATE / (2 * HALF + 1) - 1), np.ones(4)),
+    "quad": (-0.5 + 1j / np.pi * (1 + 2 * HALF) ** 2, np.ones(4)),
+    "real": (-(WHOLE + 1.0), np.ones(8)),
+    "legs": legs_by_numpy(STATE),
+}
+"""A and the absolute values of B."""
+
+
+@pytest.mark.parametrize("init", S4D_BEGINS)
+def test_s4d_begins_where_the_paper_says(init: str) -> None:
+    layers = f"[s4d(state={STATE}, init={init})]"
+    model = make_model({"layers": layers, "width": 400, "vocab_size": 4, "feed_forward": "none"})
     initialise(model, seed=1)
     mixer = model.blocks[0].mixer
-    assert isinstance(mixer, S4D) and mixer.ssm.A_imag is not None
-    assert torch.allclose(mixer.ssm.A_imag[7], math.pi * torch.arange(4).double())
-    assert torch.allclose(mixer.ssm.log_A_real.exp(), torch.tensor(0.5, dtype=torch.float64))
-    assert (mixer.ssm.B[..., 0] == 1).all() and (mixer.ssm.B[..., 1] == 0).all()
-    assert abs(mixer.ssm.C.square().sum(-1).mean() - 1) < 0.1  # complex standard normal
+    assert isinstance(mixer, S4D)
+    A_DM, B_DM, C_DM = (part.detach() for part in mixer.ssm.continuous())
+    A_M, B_M = (torch.from_numpy(part) for part in S4D_BEGINS[init])
+    assert torch.allclose(A_DM, A_M.expand(400, -1), rtol=1e-6, atol=1e-6)  # kept in single precision at first
+    assert torch.allclose(B_DM.abs(), B_M.expand(400, -1), rtol=1e-6)
+    assert init == "legs" or (B_DM == 1).all()
+    assert abs(C_DM.abs().square().mean() - 1) < 0.1  # standard normal, complex where A is
     dt_D = mixer.ssm.log_dt.exp()
     assert 1e-3 <= dt_D.min() < 1.5e-3 and 0.07 < dt_D.max() <= 1e-1
 
@@ -291,8 +316,8 @@ def test_a_new_shift_is_a_filter_of_its_c() -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("[s4d(state=7)]", "s4d.state must be even"),
-        ("[s4(state=7)]", "s4.state must be even"),
+        ("[s4d(state=7)]", "s4d.state: input should be a multiple of 2, not 7"),
+        ("[s4(state=7)]", "s4.state: input should be a multiple of 2, not 7"),
         ("[h3(state=7)]", "h3.state"),
         ("[h3(head_dim=5)]", "width 12 is not divisible by h3.head_dim 5"),
     ],

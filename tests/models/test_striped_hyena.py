@@ -150,6 +150,18 @@ def test_gated_linear_units(kind: str, activation) -> None:  # type: ignore[no-u
     assert difference(layer(x_BTD, SequenceShard.whole(3))[0], expected) < 1e-13
 
 
+def test_a_gelu_without_a_gate() -> None:
+    model = make_model({"layers": "[mamba+mlp]", "mlp": {"kind": "gelu", "hidden": 7, "bias": True}})
+    layer = model.blocks[0].feed_forward
+    assert isinstance(layer, MLP)
+    x_BTD = numbers("x", 2, 3, WIDTH)
+    up_BTF = x_BTD @ layer.up_proj.weight.t() + layer.up_proj.bias
+    # the exact one, not the approximation by a tanh
+    gelu_BTF = up_BTF * (1 + torch.erf(up_BTF / math.sqrt(2))) / 2
+    expected = gelu_BTF @ layer.down_proj.weight.t() + layer.down_proj.bias
+    assert difference(layer(x_BTD, SequenceShard.whole(3))[0], expected) < 1e-13
+
+
 def test_scaled_and_partial_rotations() -> None:
     x_BTD = numbers("x", 1, 9, WIDTH)
 
@@ -184,3 +196,12 @@ def test_options_that_do_not_fit_are_refused_in_one_line(layers: str, message: s
     with pytest.raises(ValueError, match=message) as raised:
         make_model({"layers": layers})
     assert "\n" not in str(raised.value)
+
+
+def test_a_pole_that_left_the_circle_is_set_on_it() -> None:
+    mixer = make_mixer("modal_hyena")
+    assert isinstance(mixer, ModalHyena)
+    with torch.no_grad():
+        mixer.poles.copy_(torch.tensor([1.2, -0.9]).expand_as(mixer.poles))
+    log_poles_DN, _, _ = mixer.modes()
+    assert (log_poles_DN.real == 0).all() and (log_poles_DN.imag < -0.6).all()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,18 @@ def start_command(*arguments: str, directory: Path, **environment: str) -> subpr
         text=True,
         start_new_session=True,
     )
+
+
+@contextmanager
+def running(*arguments: str, directory: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """`start_command`; what still runs at the end, as after a failure, is asked to end with all that it started."""
+    process = start_command(*arguments, directory=directory, **environment)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 120) -> Outcome:

@@ -55,6 +55,18 @@ def test_train_resume_generate_evaluate_list(run: Path, capsys: pytest.CaptureFi
     assert all(text.startswith("def é") for text in texts)
     assert texts[0] == texts[1] != texts[2]
 
+    assert main(["generate", "small"]) == 0
+    assert capsys.readouterr().out.startswith("def "), "the run's own prompt"
+    settings = (run / "experiment.yaml").read_text()
+    assert "  prompt: 'def '\n" in settings
+    (run / "experiment.yaml").write_text(settings.replace("prompt: 'def '", "prompt: null"))
+    for words, line in (
+        ([], "; give --prompt TEXT to continue"),
+        (["--prompt", "a", "--out", "a.wav"], "is for sound"),
+    ):
+        assert main(["generate", "small", *words]) == 2
+        assert line in (error := capsys.readouterr().err) and error.count("\n") == 1
+
 
 def test_resumed_losses_are_those_of_the_run_that_went_on(run: Path, place: Path) -> None:
     """Bitwise, from a checkpoint in the middle of the schedule."""

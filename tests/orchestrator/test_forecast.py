@@ -75,6 +75,19 @@ def test_bytes_are_those_of_a_real_step(tmp_path: Path, world_size: int, overrid
     assert found.memory["optimiser"] == max(moments for _, _, moments in processes)
 
 
+def test_what_is_frozen_has_neither_moments_nor_gradients_to_send(tmp_path: Path) -> None:
+    """Nor are layers gathered again that the backward pass does not come to."""
+    freeze = "train.freeze=[embedding.*, 'blocks.[0-2].*', '*.q_proj.*']"
+    words = ("model.layers=[mamba, mamba+moe, mamba, attention]", "parallel.sequence=2", "train.dtype=bfloat16", freeze)
+    processes = run_ranks(first_step, 2, str(tmp_path), words)
+    found, whole = (next(forecast(tiny_experiment("/x", "workers=2", *each), "cpu")) for each in (words, words[:-1]))
+    for motion in ("fsdp.all_gather", "fsdp.reduce_scatter"):
+        assert found.sent[motion] == max(sent[motion] for sent, _, _ in processes) < whole.sent[motion]
+    assert found.memory["parameters"] == max(parameters for _, parameters, _ in processes) == whole.memory["parameters"]
+    assert found.memory["optimiser"] == max(moments for _, _, moments in processes) < whole.memory["optimiser"] / 4
+    assert 2 * found.memory["gradients"] == found.memory["optimiser"]
+
+
 @pytest.mark.parametrize("layers", ["[mamba, attention+moe, mamba]", "[mamba, hyena+moe, attention, mamba+moe]"])
 def test_activations_are_what_autograd_keeps(tmp_path: Path, layers: str) -> None:
     """Of the whole model, with experts as its router loads them."""

@@ -6,11 +6,13 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from torch.distributed import rendezvous
 
 from longstride.orchestrator import launcher
+from longstride.orchestrator.cli import main
 from longstride.orchestrator.failures import EchoOfMistake, RunFailed
 from longstride.orchestrator.preparation import Prepared
 
@@ -37,6 +39,18 @@ def how_it_ends(rank: int, world_size: int, port: int, wait: float) -> str:
     except (ValueError, EchoOfMistake, RunFailed) as error:
         return type(error).__name__
     return "nothing happened"
+
+
+def test_a_port_that_is_taken(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "2"}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        assert main(["train", "small.yaml"]) == 2
+    line = f"longstride: MASTER_PORT={port} is in use on this machine: give the launcher another port\n"
+    assert capsys.readouterr().err == line
+    assert not (place / "runs").exists()
 
 
 @pytest.mark.parametrize(("wait", "told"), [(5.0, "EchoOfMistake"), (0.0, "RunFailed")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from longstride.orchestrator.cli import main
+from longstride.workers import Experiment
 from longstride.workers.manifest import list_checkpoints
 from longstride.workers.run_directory import RunDirectory
 
@@ -90,6 +92,12 @@ def test_one_checkpoint_is_chosen(task: Path, place: Path, capsys: pytest.Captur
     chosen = {1: one, 2: two}[best]
     assert all(found[key].equal(chosen[key]) for key in found)
     assert not all(one[key].equal(two[key]) for key in one)
+    assert main(["import", "copying", "runs/child", "--checkpoint", "1"]) == 0
+    assert "holds the weights of copying after step 1 as step 0" in capsys.readouterr().out
+    assert main(["export", "child", "child", "--layout", "mamba"]) == 0
+    imported = load_file(place / "child" / "model.safetensors")
+    assert all(imported[key].equal(one[key]) for key in one)
+    capsys.readouterr()
     texts = set()
     for which in ("latest", "2", "step-00000002", "1"):
         assert main(["generate", "copying", "--prompt", "1 2", "--tokens", "30", "--checkpoint", which]) == 0
@@ -122,6 +130,13 @@ def test_loss_by_position_of_text(place: Path, capsys: pytest.CaptureFixture[str
     rows = table(capsys.readouterr().out)
     assert rows[-3][:3] == ["POSITION", "OF", "128"]
     assert [row[0] for row in rows[-2:]] == ["0-63", "64-127"]
+    assert main(["evaluate", "small", "evaluate.lengths=[64, 99000000]"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("longstride: evaluate.lengths: 99000000 exceeds the ") and "data.context" not in error
+    held_out = re.search(r"exceeds the (\d+) held-out tokens of data.corpus=python-source; set .*=\[\1\]", error)
+    assert held_out, error
+    corpus = Experiment.resume(RunDirectory(str(place / "runs" / "small"))).data.open()
+    assert int(held_out[1]) == corpus.num_tokens("validation")
 
 
 def test_out_and_in_again(task: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,18 +146,27 @@ def test_out_and_in_again(task: Path, place: Path, capsys: pytest.CaptureFixture
     assert "longstride generate" in capsys.readouterr().out
     assert main(["checkpoints", "mine", "--verify"]) == 0
     assert "step-00000000" in capsys.readouterr().out
-    assert main(["generate", "mine", "--prompt", "abc", "--tokens", "5"]) == 0
+    assert main(["generate", "mine", "--prompt", "9 8 7", "--tokens", "5"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("abc")
-    prompts = ["--prompt", "abc", "--prompt", "abd", "--prompt", "x"]
+    assert text.startswith("9 8 7")
+    prompts = ["--prompt", "9 8 7", "--prompt", "9 8 6", "--prompt", "1"]
     assert main(["generate", "mine", *prompts, "--tokens", "5"]) == 0
     several = capsys.readouterr().out
-    assert several.startswith(text) and "\nabd" in several and "\nx" in several
+    assert several.startswith(text) and "\n9 8 6" in several and "\n1 " in several
 
     result = launched("import", "out", "runs/split", "data.context=64", "tracking.enabled=false")
     assert result.returncode == 0, result.stderr
-    assert main(["generate", "split", "--prompt", "abc", "--tokens", "5"]) == 0
+    assert main(["generate", "split", "--prompt", "9 8 7", "--tokens", "5"]) == 0
     assert capsys.readouterr().out == text
+    words = ["generate", "split", "--prompt", "9 8 7", "--tokens", "20"]
+    words += ["--temperature", "1.5", "--top-k", "40", "--top-p", "0.9", "--seed"]
+    assert main([*words, "3"]) == 0
+    drawn = capsys.readouterr().out
+    assert main([*words, "4"]) == 0
+    assert capsys.readouterr().out != drawn
+    result = launched(*words, "3")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == drawn
     result = launched("export", "split", "again", "--layout", "mamba")
     assert result.returncode == 0, result.stderr
     result = launched("import", "copying", "runs/child", "data.context=64")
@@ -160,12 +184,16 @@ def test_out_and_in_again(task: Path, place: Path, capsys: pytest.CaptureFixture
         (["import", "nowhere", "runs/mine"], "no directory nowhere"),
         (["import", "task.yaml", "runs/mine"], "task.yaml"),
         (["import", "copying", "runs/mine", "data.corpus=python-source"], "was trained on ids-16"),
-        (["export", "copying", "out", "--layout", "llama"], "cannot be stored as llama"),
+        (["import", "copying", "runs/mine", "--checkpoint", "7"], "no checkpoint 7; the steps that it has: 1, 2"),
+        (["export", "copying", "out", "--layout", "llama"], "mamba+none; mamba or state-spaces can hold it"),
         (["export", "copying", "out", "--layout", "lama"], "no layout 'lama'"),
         (["export", "copying", "s3://bucket/out", "--layout", "mamba"], "OUT=s3://bucket/out is a URL"),
         (["export", "coping", "out", "--layout", "mamba"], "did you mean copying?"),
         (["evaluate", "copying", "workers=2"], "torchrun --nproc-per-node 2 -m longstride.orchestrator evaluate"),
-        (["evaluate", "copying", "evaluate.lengths=[7]"], "4 tokens and their markers need 8 or more"),
+        (
+            ["evaluate", "copying", "evaluate.lengths=[7]"],
+            "evaluate.lengths: 7: 4 tokens and their markers need 8 or more",
+        ),
         (["evaluate", "copying", "evaluate.lengths=[0]"], "greater than or equal to 1"),
         (["evaluate", "copying", "data.tasks.selective_copying.token=3"], "did you mean"),
         (["generate", "copying", "--prompt", "1 2 256"], "'256' is no token of this task"),

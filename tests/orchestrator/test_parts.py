@@ -98,17 +98,34 @@ def test_the_second_signal_ends_what_the_first_only_asked_to(monkeypatch: pytest
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_warning_asks_for_the_end_and_never_makes_it() -> None:
-    """Slurm's SIGUSR1, however often it comes; SIGTERM after it is the second signal."""
+@pytest.mark.parametrize(("warning", "code"), [(signal.SIGUSR1, 138), (signal.SIGHUP, 129)])
+def test_a_warning_asks_for_the_end_and_never_makes_it(
+    warning: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's or a closed terminal's, however often it comes; SIGTERM after it is the second signal."""
+    now = [100.0]
+    monkeypatch.setattr("longstride.orchestrator.stopping.time.monotonic", lambda: now[0])
     request = StopRequest()
     with stoppable(request):
-        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(warning)
         assert request.event.is_set()
-        assert request.exit_code == 138
-        time.sleep(ECHO_SECONDS + 0.1)
-        signal.raise_signal(signal.SIGUSR1)
+        assert request.exit_code == code
+        now[0] += ECHO_SECONDS + 1
+        signal.raise_signal(warning)
         with pytest.raises(Terminated):
             signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_closed_terminal_does_not_reach_what_nohup_started() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        request = StopRequest()
+        with terminable(), stoppable(request):
+            signal.raise_signal(signal.SIGHUP)
+        assert not request.event.is_set()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_waits_for_what_cannot_be_left_half_made() -> None:

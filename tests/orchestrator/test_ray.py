@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -20,7 +22,7 @@ import pytest
 from longstride.orchestrator.cli import main
 
 from .commands import GROWING, finish, losses, run_command, start_command
-from .nodes import answers, free_port
+from .nodes import answers, free_port, title
 
 pytestmark = pytest.mark.ray
 
@@ -87,6 +89,26 @@ def test_an_interrupt_writes_a_checkpoint_and_leaves_no_process(place: Path, tem
     assert alive == []
     steps = len(losses(place / "runs" / "split"))
     assert (place / f"runs/split/checkpoints/step-{steps:08d}/manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_told_to_end_leaves_a_checkpoint(place: Path, temporary: str) -> None:
+    """As Slurm's scancel and a system's shutdown tell all processes; the driver, told later, still ends the run."""
+    process = start_command(*TWO, *MANY, "checkpoint.every=0", directory=place, TMPDIR=temporary)
+    run = place / "runs" / "split"
+    _wait_for(lambda: len(losses(run)) >= 3, process)
+    workers = [found for found in _descendants(process) if title(found).startswith("ray::Worker")]
+    workers[0].terminate()
+    _wait_for(lambda: len(json.loads((run / "run.json").read_text())["starts"]) == 2, process)
+    steps = len(losses(run))
+    _wait_for(lambda: len(losses(run)) > steps, process)
+    process.terminate()
+    outcome = finish(process, timeout=60)
+    assert outcome.code == 143, outcome.stderr
+    said = re.search(r"a worker was told to end \(SIGTERM\): going on from step (\d+) with another", outcome.stdout)
+    second = json.loads((run / "run.json").read_text())["starts"][1]
+    assert said and second["step"] == int(said[1]), outcome.stdout
+    assert "failures" not in json.loads((run / "run.json").read_text())
 
 
 @contextlib.contextmanager

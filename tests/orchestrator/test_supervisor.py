@@ -11,18 +11,18 @@ import pytest
 
 from longstride.data import CorpusError, StoreUnavailable
 from longstride.orchestrator import supervisor as module
+from longstride.orchestrator.arrangement import Node, arrange
 from longstride.orchestrator.cluster import Resources
 from longstride.orchestrator.failures import Fault, RunFailed, raise_fault
 from longstride.orchestrator.forecast import forecast
 from longstride.orchestrator.placement import Placement, room
-from longstride.orchestrator.planning import Node, arrange
 from longstride.orchestrator.preparation import Prepared
 from longstride.orchestrator.rendezvous import Rendezvous
 from longstride.orchestrator.stopping import StopRequest
 from longstride.orchestrator.supervisor import Supervisor
 from longstride.orchestrator.tables import amount_of_bytes
 from longstride.parallel import Degrees
-from longstride.workers import Experiment, Summary, create_run
+from longstride.workers import Experiment, RunDirectory, Summary, create_run
 from longstride.workers.reporting import Silent
 from longstride.workers.storage import StorageError, StorageUnavailable
 
@@ -168,6 +168,7 @@ def test_failures_in_a_row_are_bounded_and_progress_counts(place: Path, monkeypa
         (Fault.from_exception(0, type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), ""), True),
         (Fault(0, "died", "was lost with its node 10.0.0.1"), True),
         (Fault.from_exception(0, StoreUnavailable("cannot read s3://bucket/shard: given up after 30 s"), ""), True),
+        (Fault.from_exception(0, OSError(28, "No space left on device", "/runs/small/.run.json.7.tmp"), ""), True),
         (Fault.from_exception(0, StorageUnavailable(5, "given up", "s3://bucket/runs/small/run.json"), ""), True),
     ],
 )
@@ -181,6 +182,19 @@ def test_what_is_tried_again(fault: Fault, retry: bool, place: Path, monkeypatch
     else:
         with pytest.raises(RunFailed):
             run(script, place)
+
+
+def test_a_failure_that_a_full_disk_does_not_take_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update_info = RunDirectory.update_info
+
+    def full(self: RunDirectory, **values: Any) -> None:
+        if "failures" in values:
+            raise OSError(28, "No space left on device", "run.json")
+        update_info(self, **values)
+
+    script = Script(monkeypatch, (5, LOST), "finished")
+    monkeypatch.setattr(RunDirectory, "update_info", full)
+    assert "run.json: no space left on device: run.json does not have this failure" in run(script, place).notes
 
 
 def test_a_store_that_does_not_let_us_in_is_a_mistake() -> None:

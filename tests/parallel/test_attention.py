@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from longstride.parallel import SequenceShard, causal_attention
-from longstride.parallel.layout import Layout, balanced, pairs_before
+from longstride.parallel.heads import Team, take_heads
+from longstride.parallel.layout import Layout, balanced, contiguous, pairs_before, relayout, replicated
 from longstride.parallel.ring import Ring
 from longstride.parallel.shard import even_bounds
 from tests.distributed import run_ranks
@@ -203,3 +204,64 @@ def test_bad_strategies_are_named() -> None:
         causal_attention(q, q, q, SequenceShard.whole(4), strategy="flash")
     with pytest.raises(AssertionError, match="'heads' needs a head for each of 4 processes, the layer has 2"):
         run_ranks(split, 4, 8, 2, 1, None, "heads")
+
+
+def in_half(rank: int, world: int, length: int) -> list[Tensor]:
+    """Outputs and gradients of the ring in bfloat16."""
+    return half_attention(SequenceShard.split(length), "ring")
+
+
+def half_attention(shard: SequenceShard, strategy: str, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Of inputs that are bfloat16 numbers, whatever the dtype."""
+    given = [x.bfloat16().to(dtype) for x in (*inputs(shard.length, 4, 2), normal(B, shard.length, 4, K, seed=4))]
+    q, k, v, weight = (local(x, shard) for x in given)
+    out = causal_attention(q, k, v, shard, strategy=strategy)
+    (out * weight.detach()).sum().backward()
+    return [out.detach(), *(x.grad for x in (q, k, v))]  # type: ignore[list-item]
+
+
+def test_the_ring_adds_up_in_single_precision() -> None:
+    """In half types its errors are hardly those of one process, though every process joins and adds several parts."""
+    length, most = 512, (1.2, 1.25, 0.73, 0.78)  # outputs and gradients of q, k, v; 1.31, 0.77 and 0.88 if in half
+    exact, alone = (
+        half_attention(SequenceShard.whole(length), "auto", dtype) for dtype in (torch.float64, torch.bfloat16)
+    )
+    for place, parts in enumerate(zip(*run_ranks(in_half, 4, length), strict=True)):
+        error, least = (float((x - exact[place]).norm()) for x in (gathered(parts), alone[place]))
+        assert error < most[place] * least, (place, error / least)
+
+
+COPYING = ("heads", "relayout")
+
+
+def given_to_all(rank: int, world: int, length: int) -> list[tuple[Tensor, dict[str, int]]]:
+    """Gradients in bfloat16, and what was sent, of tokens of which every process takes a copy: as a head, or whole."""
+    grad = normal(world, B, length, 1, K, seed=5)[rank].bfloat16()
+    ranks, results = tuple(range(world)), []
+    for name in COPYING:
+        shard = SequenceShard.split(length)
+        x = local(normal(B, length, 1, K), shard).detach().bfloat16().requires_grad_()
+        if name == "heads":
+            everywhere = take_heads(x, Team(shard, ranks, ((0, 1),) * world))
+        else:
+            everywhere = relayout(x, shard, contiguous(shard.bounds), replicated(length, world), ranks)
+        everywhere.backward(grad)
+        assert x.grad is not None
+        results.append((x.grad, {name: row.bytes_sent for name, row in shard.ledger.by_motion().items()}))
+    return results
+
+
+def test_copies_gradients_add_up_in_single_precision() -> None:
+    """Rounded once, though they travel in the half type that they are computed in."""
+    length, world = 33, 4
+    parts = normal(world, B, length, 1, K, seed=5).bfloat16()
+    by_rank = run_ranks(given_to_all, world, length)
+    for name, results in zip(COPYING, zip(*by_rank, strict=True), strict=True):
+        assert torch.equal(gathered(grad for grad, _ in results), parts.float().sum(0).bfloat16()), name
+        sent = [row[f"{name}.backward"] for _, row in results]
+        tokens = [b - a for a, b in pairwise(even_bounds(length, world))]
+        assert sent == [2 * B * K * (length - own) for own in tokens], name
+    one_by_one = torch.zeros_like(parts[0])
+    for part in parts:
+        one_by_one += part
+    assert not torch.equal(one_by_one, parts.float().sum(0).bfloat16())  # negative control

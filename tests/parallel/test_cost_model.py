@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from longstride.parallel import Constant, SequenceShard
-from longstride.parallel.prefix_strategies import Segment, choose_strategy, predicted_seconds
+from longstride.parallel.prefix_strategies import choose_strategy, predicted_seconds
+from longstride.parallel.segment import Segment
 from longstride.parallel.shard import Link, even_bounds
 
 GLOO, NCCL = Link.for_backend("gloo"), Link.for_backend("nccl")

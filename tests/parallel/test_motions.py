@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from longstride.parallel import CommunicationLedger, SequenceShard, global_sum, halo, projected_halo, reshard
+from longstride.parallel import (
+    CommunicationLedger,
+    Constant,
+    SequenceShard,
+    causal_attention,
+    global_sum,
+    halo,
+    pair_sum,
+    prefix_state,
+    projected_halo,
+    reshard,
+    run_experts,
+)
 from longstride.parallel.shard import check_bounds, even_bounds
 from tests.distributed import run_ranks
 from tests.parallel.oracles import gathered, local, normal, relative_error
@@ -137,6 +152,39 @@ def test_global_sum_backward_is_partial() -> None:
     for total, grad in run_ranks(summed, 3):
         assert total.item() == 6.0
         assert grad.item() == 3.0
+
+
+MOTIONS: dict[str, Callable[[Tensor, SequenceShard], Tensor]] = {
+    "halo": lambda x, shard: halo(x, 2, shard),
+    "reshard": lambda x, shard: reshard(x, shard, to="channels"),
+    "prefix": lambda x, shard: prefix_state(Constant(x.new_full((1,), -0.1)), x.sum(1), shard),
+    "heads": lambda x, shard: causal_attention(*[x.unflatten(2, (2, 2))] * 3, shard),
+    "ring": lambda x, shard: causal_attention(*[x.unflatten(2, (2, 2))] * 3, shard, strategy="ring"),
+    "pairs": lambda x, shard: pair_sum(lambda q, k, _: q * k.sum(1, keepdim=True), x, x, shard),
+    "experts": lambda x, shard: run_experts(
+        x.flatten(0, 1), torch.arange(4).view(4, 1) % 2, x.new_ones(4, 1), lambda rows, _: rows**2, 2, shard
+    ),
+}
+
+
+def second_derivatives(rank: int, world: int) -> dict[str, str]:
+    """What is said to who asks for one."""
+    shard = SequenceShard.split(8, expert_group=dist.group.WORLD)
+    said = {}
+    for name, motion in MOTIONS.items():
+        x = normal(1, 4, 4, seed=rank).requires_grad_()
+        (first,) = torch.autograd.grad(motion(x, shard).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError) as error:
+            first.square().sum().backward()
+        said[name] = str(error.value)
+    return said
+
+
+def test_a_second_derivative_raises_on_every_process() -> None:
+    """Instead of being wrong, or of sending messages for which nobody waits."""
+    for said in run_ranks(second_derivatives, 2):
+        assert said.keys() == MOTIONS.keys()
+        assert all("differentiate twice" in error for error in said.values()), said
 
 
 def test_bad_input_is_named() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longstride.kernels.attention import Range
+from longstride.kernels.attention import Positions
 from longstride.parallel import CommunicationLedger, SequenceShard, pair_sum
 from tests.distributed import run_ranks
 from tests.parallel.oracles import gathered, local, normal, relative_error
@@ -15,7 +15,7 @@ B, M, N, E = 2, 3, 4, 2
 DOCUMENTS = [[5, 6, 14], [9]]
 
 
-def squares(queries_BWM: Tensor, keys_BSN: Tensor, where: Range) -> Tensor:
+def squares(queries_BWM: Tensor, keys_BSN: Tensor, where: Positions) -> Tensor:
     """(q . k)^2 v with k the first M features of a key and v the rest and the first again."""
     query_W1 = torch.arange(where.query_start, where.query_start + queries_BWM.shape[1])[:, None]
     key_S = torch.arange(where.key_start, where.key_start + keys_BSN.shape[1])
@@ -73,11 +73,24 @@ def test_bytes_are_those_of_the_keys_round_the_ring() -> None:
         assert sent <= balancing + ring
 
 
+def in_half(rank: int, world: int) -> Tensor:
+    shard = SequenceShard.split(48)
+    queries, keys = (local(normal(B, 48, n, seed=s).bfloat16(), shard) for n, s in ((M, 0), (N, 1)))
+    return pair_sum(squares, queries, keys, shard).detach()
+
+
+def test_parts_in_half_types_are_added_up_in_single_precision() -> None:
+    sums = gathered(run_ranks(in_half, 2))
+    assert sums.dtype == torch.float32
+    queries, keys = (normal(B, 48, n, seed=s).bfloat16().double() for n, s in ((M, 0), (N, 1)))
+    assert relative_error(sums.double(), written_out(queries, keys, None)) < 1e-2
+
+
 def misplaced(rank: int, world: int) -> Tensor:
     """The same with keys that believe themselves at the beginning of the sequence."""
     shard = SequenceShard.split(12)
     queries, keys = (normal(B, 12, n, seed=s)[:, shard.start : shard.stop] for n, s in ((M, 0), (N, 1)))
-    return pair_sum(lambda q, k, where: squares(q, k, Range(where.query_start, 0, None)), queries, keys, shard)
+    return pair_sum(lambda q, k, where: squares(q, k, Positions(where.query_start, 0, None)), queries, keys, shard)
 
 
 def test_wrong_positions_are_noticed() -> None:

@@ -23,7 +23,7 @@ from tests.distributed import run_ranks
 from tests.parallel.oracles import normal, relative_error
 
 B, D, N, LENGTH = 2, 5, 3, 37
-KINDS = ["constant", "complex", "per_channel", "per_head", "dense", "log_space"]
+KINDS = ["constant", "complex", "per_channel", "per_head", "turning_head", "dense", "log_space"]
 DOCUMENTS = [None, [[3, 17], [30]], [[], [1, 2, 19, 20, 36]]]
 
 
@@ -40,6 +40,9 @@ def transition_of(kind: str, rank: int, tokens: int, reset: Tensor | None) -> tu
         return PerChannel(-normal(D, N, seed=1).abs(), steps, reset), normal(B, D, N, seed=100 + rank)
     if kind == "per_head":
         return PerHead(-normal(B, D, seed=300 + rank).abs(), reset), normal(B, D, N, 4, seed=100 + rank)
+    if kind == "turning_head":
+        decay = torch.complex(-normal(B, D, seed=300 + rank).abs(), normal(B, D, seed=400 + rank))
+        return PerHead(decay, reset), torch.complex(normal(B, D, N, seed=100 + rank), normal(B, D, N, seed=200 + rank))
     if kind == "log_space":
         exponent = 30 * normal(B, D, seed=500 + rank)  # far apart: sums in plain numbers would over- or underflow
         pair = normal(B, D, 2, seed=100 + rank)
@@ -208,6 +211,35 @@ def test_half_precision_travels_in_float32() -> None:
             for ours, theirs in zip(half_grads, grads, strict=True):
                 # the gradient of the state that came in is rounded on its way
                 assert float((ours - theirs).abs().max()) <= 2**-6 * float(theirs.abs().max()), strategy
+
+
+def after_something(rank: int, world: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Entering states and the gradient of `initial`, of three processes; or with a fourth before, whose own it is."""
+    before, found = world - 3, []
+    for kind in KINDS:
+        for documents in DOCUMENTS:
+            rows = None if documents is None else [[before + position for position in row] for row in documents]
+            bounds = [0, 13, 25, LENGTH] if not before else [0, 1, 14, 26, LENGTH + 1]
+            shard = SequenceShard.split(bounds[-1], None, rows, bounds=bounds)
+            initial = transition_of(kind, 9, 1, None)[1].requires_grad_()
+            here = max(rank - before, 0)
+            transition, own = transition_of(kind, here, shard.local_length, shard.reset_mask())
+            own.requires_grad_()  # every process takes part in the backward pass
+            if before:
+                entering = prefix_state(transition, own if rank else initial, shard)
+            else:
+                entering = prefix_state(transition, own, shard, initial=initial)
+            (observe(kind, entering, here) * (rank >= before)).backward()
+            found.append((entering.detach(), initial.grad))
+    return found
+
+
+def test_a_state_before_the_sequence_is_that_of_a_shard_before_it() -> None:
+    three, (first, *others) = run_ranks(after_something, 3), run_ranks(after_something, 4)
+    for ours, theirs in zip(three, others, strict=True):
+        assert all(relative_error(own[0], other[0]) < 1e-12 for own, other in zip(ours, theirs, strict=True))
+    for (_, ours), (_, theirs) in zip(three[0], first, strict=True):
+        assert ours is not None and theirs is not None and relative_error(ours, theirs) < 1e-12
 
 
 def test_one_process_needs_no_group() -> None:

@@ -95,6 +95,22 @@ def test_a_state_that_nothing_depends_on() -> None:
     assert relative_error(gathered(run_ranks(indifferent, 2)), 1 - normal(B, 6, D).tanh() ** 2) < 1e-14
 
 
+def last_states(rank: int, world: int) -> Tensor:
+    shard = SequenceShard.split(9)
+    x = local(normal(B, 9, D), shard)
+    _, last = sequential_state(lambda s: recurrence(x, normal(D, D, seed=1), None, s), x.new_zeros(B, D), shard)
+    last.sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def test_the_state_that_leaves_any_process_has_a_gradient_of_its_own() -> None:
+    x = normal(B, 9, D).requires_grad_()
+    states, _ = recurrence(x, normal(D, D, seed=1), None, x.new_zeros(B, D))
+    (expected,) = torch.autograd.grad(states[:, 4].sum() + states[:, 8].sum(), x)
+    assert relative_error(gathered(run_ranks(last_states, 2)), expected) < 1e-14
+
+
 def without_gradients(rank: int, world: int) -> Tensor:
     shard = SequenceShard.split(8)
     x = normal(B, 8, D)[:, shard.start : shard.stop]

@@ -6,6 +6,8 @@ import pickle
 import re
 import shutil
 import threading
+import time
+from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 from torch.distributed.tensor import DTensor
 
@@ -32,7 +35,7 @@ from longstride.workers.manifest import (
 )
 from longstride.workers.run_directory import RunDirectory
 from longstride.workers.storage import Storage
-from longstride.workers.trainer import Trainer, resume_position
+from longstride.workers.trainer import Trainer
 
 from ..distributed import run_ranks
 from .tiny import make_trainer, tiny_experiment
@@ -368,7 +371,31 @@ def test_one_process_that_cannot_write_fails_all_with_the_cause(tmp_path: Path, 
     assert messages[0] == messages[1]
     assert "checkpoint step-00000001 was not written (process 1: [Errno 28] No space left on device)" in messages[0]
     run = RunDirectory(str(tmp_path / "tiny"))
-    assert [found.committed for found in list_checkpoints(run)] == [False]
+    assert list_checkpoints(run) == [], "and what was written of it is gone"
+
+
+def wait_for_a_slow_process(rank: int, world_size: int, directory: str, own: bool) -> str:
+    """A save in which one process takes longer than torch lets others wait; `own`: with a timeout of our own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed_c10d, "_get_default_timeout", lambda _: timedelta(seconds=3))
+        if not own:
+            patch.setattr(checkpoint_module, "TIMEOUT", None)
+        trainer = make_trainer(tiny_experiment(directory, f"workers={world_size}", *SPLIT), rank)
+        trainer.step()
+        if rank == 1:
+            digests = DigestingWriter.digests
+            patch.setattr(DigestingWriter, "digests", lambda self: time.sleep(6) or digests(self))
+        try:
+            trainer.save()
+        except Exception as error:
+            return str(error)
+    return "written"
+
+
+@pytest.mark.slow
+def test_one_process_may_take_its_time(tmp_path: Path) -> None:
+    assert run_ranks(wait_for_a_slow_process, 2, str(tmp_path), True) == ["written", "written"]
+    assert "Timed out" in run_ranks(wait_for_a_slow_process, 2, str(tmp_path), False)[0], "the comparison can fail"
 
 
 @pytest.mark.parametrize(
@@ -376,7 +403,7 @@ def test_one_process_that_cannot_write_fails_all_with_the_cause(tmp_path: Path, 
 )
 def test_the_position_in_the_data_when_batch_or_context_change(context: int, batch: int, position: int) -> None:
     manifest = Manifest(10, 10 * 4 * 64, 10, 64, 4, "", 1, {}, "", "", {})
-    assert resume_position(manifest, context, batch) == position
+    assert manifest.resume_position(context, batch) == position
 
 
 def test_names_of_checkpoints(tmp_path: Path) -> None:

@@ -63,12 +63,12 @@ def train_with_clocks(rank: int, world_size: int, directory: str) -> tuple[list[
     words = [f"workers={world_size}", "parallel.sequence=2", "train.steps=8", "checkpoint.minutes=3"]
     trainer = make_trainer(tiny_experiment(directory, *words, "train.validate_every=0"), rank)
     clock, saved, own = Clock(5e5 * rank), list[int](), list[bool]()
-    trainer.checkpoint_timer = CheckpointTimer(trainer.experiment.checkpoint, clock)
+    trainer.saving.timer = CheckpointTimer(trainer.experiment.checkpoint, clock)
     step, save = trainer.step, trainer.save
 
     def slow_step() -> tuple[StepRecord, bool]:
         clock.now += 3600 if rank else 60
-        own.append(trainer.checkpoint_timer.time_is_up())
+        own.append(trainer.saving.timer.time_is_up())
         return step()
 
     def noted_save(*, wait: bool = True) -> None:

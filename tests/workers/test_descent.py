@@ -51,7 +51,7 @@ def first_loss(run: RunDirectory, *overrides: str) -> float:
 def test_a_run_begins_with_anothers_weights(parent: RunDirectory, texts: str, tmp_path: Path) -> None:
     words = [f"data.corpus={texts}", "data.context=32", "train.steps=1"]
     experiment = descendant(parent, str(tmp_path / "child"), words)
-    child, step = descend(parent, experiment)
+    child, step, _ = descend(parent, experiment)
     assert step == 2 and child.read_info()["parents"] == [parent.url]
     ours, theirs = load_run(child, experiment), load_run(parent, Experiment.resume(parent))
     assert (ours.step, ours.tokens) == (0, 0)
@@ -105,7 +105,7 @@ def test_another_corpus_is_measured_and_not_trained_on(parent: RunDirectory, tex
 
 
 def test_before_its_first_step_a_run_may_be_given_its_corpus(parent: RunDirectory, texts: str, tmp_path: Path) -> None:
-    child, _ = descend(parent, descendant(parent, str(tmp_path / "child"), ["train.steps=1"]))
+    child, _, _ = descend(parent, descendant(parent, str(tmp_path / "child"), ["train.steps=1"]))
     assert first_loss(child, f"data.corpus={texts}") > 0
     assert [found.step for found in list_checkpoints(child)] == [0, 1]
     with pytest.raises(ConfigError, match="cannot change"):

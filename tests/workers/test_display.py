@@ -2,6 +2,7 @@
 
 import io
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,18 @@ from longstride.workers.reporting import RunStart, Summary
 from .test_run_directory import record
 
 START = RunStart(
-    "run", "/r/run", 0, 20, 20, 12345, "python-source", 8192, 2, 2, {"data": 1, "sequence": 2}, "float32", "cpu"
+    "run", "/r/run", 0, 20, 20, 12345, 12345, "python-source", 8192, 2, 2, {"data": 1, "sequence": 2}, "float32", "cpu"
 )
 SUMMARY = Summary(
     "run", "/r/run", 20, 20, 1280, True, 2.0, 1.5, 61.0, "def ", "f(x):\n    return [x]", "sqlite:////r/m.db"
 )
 
 
-def shown(terminal: bool, width: int = 100) -> str:
+def shown(terminal: bool, width: int = 100, start: RunStart = START) -> str:
     stream = io.StringIO()
     now = iter(float(second) for second in range(1000))
     display = Display(Console(file=stream, force_terminal=terminal, width=width, highlight=False), lambda: next(now))
-    display.started(START)
+    display.started(start)
     for step in range(1, 21):
         display.stepped(record(step))
     display.noted("a note with [brackets]")
@@ -42,6 +43,13 @@ def test_plain_lines_off_a_terminal() -> None:
     assert 3 <= len(steps) <= 6  # the first, one in ten seconds of this clock, the last
     assert "a note with [brackets]" in text
     assert "return [x]" in text
+
+
+def test_what_is_frozen_is_said() -> None:
+    assert "12,345 parameters, float32" in shown(terminal=False)
+    assert "12,345 parameters (345 of them trained), float32" in shown(
+        terminal=False, start=replace(START, trained=345)
+    )
 
 
 def test_one_live_line_on_a_terminal() -> None:
@@ -62,6 +70,7 @@ def test_the_summary_has_every_command() -> None:
     assert "validation loss 1.5000 nats per token" in text
     assert "resume /r/run train.steps=40" in text
     assert "generate /r/run --prompt 'def '" in text
+    assert "generate /r/run --out sound.wav" in summary_lines(replace(SUMMARY, audio=True))[-2]
     assert "ui --backend-store-uri sqlite:////r/m.db" in text
 
 

@@ -98,7 +98,7 @@ def first_numbers(rank: int, world_size: int, directory: str, share: float, *ove
     assert trainer.last_record is not None
     assert trainer.validation_loss is not None
     found = load_run(trainer.run, experiment)
-    score = score_length(found.model, experiment.data, found.corpus).loss
+    score = score_length(found.model, experiment.data, experiment.open_corpus()).loss
     return before, trainer.validation_loss, score, trainer.last_record.loss
 
 

@@ -14,6 +14,7 @@ from longstride.workers.generate import (
     choose,
     continuation,
     continuations,
+    first_tokens,
     prompt_tokens,
     sample_text,
 )
@@ -73,11 +74,10 @@ def test_the_seed_decides() -> None:
 
 def test_prompts() -> None:
     corpus = open_corpus("python-source")
-    assert bytes(prompt_tokens(corpus, "def é")) == "def é".encode()
-    held_out = prompt_tokens(corpus, None)
-    assert held_out == corpus.read("validation", 0, 32).tolist()
+    assert bytes(prompt_tokens(corpus.tokenizer, "def é")) == bytes(first_tokens(corpus, "def é")) == "def é".encode()
+    assert first_tokens(corpus, None) == corpus.read("validation", 0, 32).tolist()
     with pytest.raises(ConfigError, match="prompt is empty"):
-        prompt_tokens(corpus, "")
+        first_tokens(corpus, "")
     sample = sample_text(build_model(TINY["model"]), corpus, SampleConfig(prompt="x = ", tokens=3))
     assert sample.prompt == "x = "
 

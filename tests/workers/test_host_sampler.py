@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from longstride.parallel import CommunicationLedger, Mesh
-from longstride.workers.checkpoint import gloo_group
 from longstride.workers.exchange import Shared, StepExchange
 from longstride.workers.host_sampler import HostSample, HostSampler
 from longstride.workers.metrics import StepRecord
 from longstride.workers.mlflow_client import SYSTEM_METRICS, values
+from longstride.workers.shared_outcomes import gloo_group
 
 from ..distributed import run_ranks
 from .test_run_directory import record
@@ -73,7 +73,7 @@ def exchange(rank: int, world_size: int) -> Shared:
     exchange = StepExchange(Mesh(data=world_size), CommunicationLedger(), gloo_group())
     samples = [HostSample(10.0, 5e9, math.nan, math.nan), HostSample(30.0, 4e9, 80.0, 2e9)]
     exchange._sampler = lambda: samples[rank]  # type: ignore[assignment]
-    return exchange(2.0, 0.5 * rank, stop=rank == 1, time_is_up=rank == 1)
+    return exchange(2.0, 0.5 * rank, stop=rank == 1, unwritten=rank == 1, time_is_up=rank == 1)
 
 
 def test_all_processes_hear_the_mean_the_fullest_and_the_first() -> None:
@@ -83,7 +83,7 @@ def test_all_processes_hear_the_mean_the_fullest_and_the_first() -> None:
     assert (measures.cpu_percent, measures.host_memory) == (20.0, 5_000_000_000)
     assert (measures.gpu_percent, measures.gpu_memory) == (80.0, 2_000_000_000), "of the one that has a GPU"
     assert (measures.wait_share, measures.data_share, measures.bytes_sent) == (0.0, 0.25, 0)
-    assert first.stop, "any may ask to stop"
+    assert first.stop and first.unwritten, "any may ask to stop, or miss a checkpoint"
     assert not first.time_is_up, "only the first process's clock counts"
 
 

@@ -14,7 +14,6 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longstride.data import open_corpus
 from longstride.data.subwords import train_bpe
 from longstride.models import build_model
 from longstride.models.interchange import load_pretrained, save_pretrained
@@ -79,8 +78,8 @@ def test_a_tokenizer_travels_with_its_model(mamba: Path, tmp_path: Path) -> None
     tokenizer = train_bpe(iter(["def f(x): return x + 1"] * 4), 257)
     (mamba / "tokenizer.json").write_text(tokenizer.content)
     run = imported(mamba, tmp_path / "run")
-    corpus = open_corpus("python-source")
-    assert run_tokenizer(run, corpus).name == tokenizer.name != corpus.tokenizer.name
+    data = imported_experiment(str(mamba), run.url, SMALL).data
+    assert run_tokenizer(run, data).name == tokenizer.name != data.open().tokenizer.name
     export_run(run, imported_experiment(str(mamba), run.url, SMALL), str(tmp_path / "out"), "mamba")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == tokenizer.content
     # the corpus of bytes is nothing to this model: one line says so
@@ -91,7 +90,7 @@ def test_a_tokenizer_travels_with_its_model(mamba: Path, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"has 257 token ids and the model 256: it is another model's"):
         imported_experiment(str(tmp_path / "fewer"), str(tmp_path / "other"), SMALL)
     (mamba / "tokenizer.json").unlink()
-    assert run_tokenizer(imported(mamba, tmp_path / "bare"), corpus) is corpus.tokenizer
+    assert run_tokenizer(imported(mamba, tmp_path / "bare"), data) is data.open().tokenizer
 
 
 def checkpoint_sizes(run: RunDirectory) -> dict[int, float]:

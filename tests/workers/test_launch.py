@@ -57,6 +57,12 @@ def test_a_run_from_start_to_resume(tmp_path: Path) -> None:
     assert heard.starts[0].parameters == load_run(run, experiment).model.num_parameters()
     assert all(record.memory > 2**27 and 0 <= record.wait_share < 1 for record in heard.records)
     assert all(0 <= record.data_share < 1 for record in heard.records)
+    training = experiment.open_corpus().num_tokens("train")
+    assert [(record.context, record.epochs) for record in heard.records] == [
+        (64, 256 * step / training) for step in range(1, 7)
+    ]
+    pauses = [record.pause or 0 for record in heard.records]
+    assert pauses[0] == 0 < min(pauses[1:])
     assert summary.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
 
     with pytest.raises(ValueError, match=r"has made all its 6 steps; go on with train\.steps=12"):

@@ -41,7 +41,7 @@ def test_every_long_phase_gives_signs_of_life(tmp_path: Path, monkeypatch: pytes
         assert signs_of(lambda: training.checkpointer.load(checkpoint, manifest)) >= tensors
         training.loader.close()
         trained = load_run(training.run, experiment)
-        assert signs_of(lambda: sample_text(trained.model, trained.corpus, experiment.sample)) == 1 + 8
+        assert signs_of(lambda: sample_text(trained.model, experiment.open_corpus(), experiment.sample)) == 1 + 8
 
 
 def test_silence_is_counted_from_the_last_sign(monkeypatch: pytest.MonkeyPatch) -> None:

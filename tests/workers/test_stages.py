@@ -7,10 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch.distributed as dist
 
 from longstride.parallel import Mesh
-from longstride.workers import ConfigError, Experiment, RunDirectory, Trainer, reopen_run
+from longstride.workers import ConfigError, Experiment, RunDirectory, Trainer, reopen_run, stages
 from longstride.workers.launch import check
 from longstride.workers.manifest import Checkpoint
 from longstride.workers.metrics import StepRecord, read_records
@@ -120,6 +122,35 @@ def test_a_damaged_checkpoint_leads_back_to_the_stage_before(
     records, starts = run_ranks(train, 1, str(tmp_path), (), None, True)[0]
     assert records == undisturbed[0]
     assert [start["step"] for start in starts] == [0, 3, 2, 3, 7]
+
+
+def open_files_and_threads(rank: int, world_size: int, directory: str) -> dict[str, list[tuple[int, int]]]:
+    """Of this process, as every stage begins: with the groups ended between them, and without that."""
+    process, seen = psutil.Process(), dict[str, list[tuple[int, int]]]()
+    for name, between in {"ended": stages.leave_groups, "kept": dist.barrier}.items():
+        schedule = "16 for 1 steps, then 32 for 1 steps, then 16 for 1 steps"
+        words = (f"data.schedule={schedule}", "train.steps=4", "train.validate_every=0", f"run.name={name}")
+        experiment = tiny_experiment(directory, *GROWING[:2], *words, f"workers={world_size}")
+        run, counts = open_run(experiment, rank), seen.setdefault(name, [])
+        dist.barrier()
+
+        def make(now: Experiment, stage: Any, run: RunDirectory = run, counts: list[Any] = counts) -> Trainer:
+            counts.append((process.num_fds(), process.num_threads()))
+            return Trainer(now, Mesh(**asdict(now.degrees)), run, stage=stage)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stages, "leave_groups", between)
+            train_stages(experiment, run, make, resume=False)
+    return seen
+
+
+def test_a_stage_leaves_no_files_and_threads_behind(tmp_path: Path) -> None:
+    for seen in run_ranks(open_files_and_threads, 2, str(tmp_path)):
+        _, after_one, *later = seen["ended"]  # the first fills caches
+        assert len(later) == 2 and max(later) <= after_one
+        _, after_one, *later = seen["kept"]
+        files, threads = later[-1]
+        assert files > after_one[0] + 40 and threads > after_one[1] + 30, "the comparison can fail"
 
 
 def test_by_hand(tmp_path: Path) -> None:

@@ -159,6 +159,14 @@ def test_a_server_that_is_down_is_one_line_at_the_end(run: RunDirectory) -> None
     )
 
 
+def test_of_every_tenth_step_ten_times_fewer_are_said_to_be_missing(run: RunDirectory) -> None:
+    sink = FakeSink()
+    sink.down = True
+    tracker = Tracker(run, sink, interval=0.01, every=10)
+    feed(run, tracker, range(1, 36))
+    assert "tracking: 4 of 35 steps are not in MLflow (connection refused)" in (tracker.close(patience=0.1) or "")
+
+
 def test_credentials_are_refused() -> None:
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_USERNAME") as caught:
         validate(TrackingConfig, {"uri": "https://user:hunter2@host/mlflow"})
@@ -168,7 +176,7 @@ def test_credentials_are_refused() -> None:
 def test_the_embedded_store_holds_everything_and_a_resume_continues_it(run: RunDirectory) -> None:
     from mlflow import MlflowClient
 
-    settings = {"seed": 0, "train": {"steps": 20}}
+    settings = {"seed": 0, "train": {"steps": 20, "rates": {"*.filter.*": 0.1}}}
     for step in range(1, 11):
         run.metrics.append(record(step, loss=3.0 / step))
     first = Tracker(run, MlflowSink(run, TrackingConfig(), settings, "0.1.0+abc"), interval=0.01)
@@ -176,7 +184,7 @@ def test_the_embedded_store_holds_everything_and_a_resume_continues_it(run: RunD
     assert first.close("KILLED", patience=120) is None
     for step in range(11, 13):
         run.metrics.append(record(step, loss=3.0 / step))
-    changed = {"seed": 0, "train": {"steps": 40}}
+    changed = {"seed": 0, "train": {"steps": 40, "rates": {}}}
     assert send_all(run, TrackingConfig(), changed, "0.1.0+def") == 2
 
     known = run.read_info()["mlflow"]
@@ -184,7 +192,8 @@ def test_the_embedded_store_holds_everything_and_a_resume_continues_it(run: RunD
     stored = client.get_run(known["run_id"])
     assert stored.info.run_name == "run"
     assert stored.info.status == "KILLED", "12 of 40 steps are done"
-    assert stored.data.params == {"seed": "0", "train.steps": "20"}
+    assert stored.data.params == {"seed": "0", "train.steps": "20", "train.rates": "{'*.filter.*': 0.1}"}
+    assert stored.data.tags["changed.train.rates"] == "{}"
     assert stored.data.tags["changed.train.steps"] == "40"
     assert stored.data.tags["code_version"] == "0.1.0+def"
     history = client.get_metric_history(known["run_id"], "loss")

@@ -13,6 +13,7 @@ import pytest
 from longstride.workers import tracking
 from longstride.workers.metrics import Order, StepRecord, read_records
 from longstride.workers.run_directory import RunDirectory
+from longstride.workers.tracked_steps import TrackedSteps
 from longstride.workers.tracking import MlflowSink, Tracker, TrackingConfig, send_all
 
 from ..distributed import run_ranks
@@ -197,6 +198,61 @@ def test_a_child_that_was_filled_in_part_is_filled_up(run: RunDirectory, monkeyp
     assert send_all(run, TrackingConfig(), SETTINGS, "1") == 2
     found = {name: child[2] for name, child in Mlflow(run).children().items()}
     assert found == {"run from step 0": points(made(range(1, 7))), "run from step 6": points(made([7, 8], start=1))}
+
+
+def test_of_every_fourth_step_all_that_must_not_be_missed(run: RunDirectory) -> None:
+    """Step 6 has a validation loss and 10 is the last of the first start; the second makes both again, without one."""
+    config = TrackingConfig(every=4)
+    first, again = made(range(1, 11)), made(range(6, 14), start=1)
+    first[5] = replace(first[5], validation_loss=1.0)
+    start(run, 0)
+    tracker = Tracker(run, MlflowSink(run, config, SETTINGS, "1"), interval=0.01, every=4)
+    feed(run, tracker, first)
+    assert tracker.close("FAILED", patience=120) is None
+    store, sent = Mlflow(run), [first[step - 1] for step in (4, 6, 8, 10)]
+    assert store.points() == points(sent)
+
+    run.metrics.rewind(5)
+    start(run, 5)
+    feed(run, None, again)
+    assert send_all(run, config, SETTINGS, "1") == 5
+    assert send_all(run, config, SETTINGS, "1") == 0
+    sent_again = [again[step - 6] for step in (6, 8, 10, 12, 13)]
+    assert store.points() == points(sent + sent_again)
+    log = list(read_records(run.storage))
+    assert len(log) == 13, "which has all"
+    assert dict(store.points()).items() <= dict(points(log)).items(), "of no step a point that was taken back counts"
+    assert store.tags()["rewound_to"] == "5"
+    assert {name: child[2] for name, child in store.children().items()} == {
+        "run from step 0": points([first[3]]),
+        "run from step 5": points(sent_again),
+    }
+
+
+def test_steps_made_again_are_chosen_where_there_is_a_point_of_them() -> None:
+    records = [*made(range(1, 8)), *made(range(5, 10), rewinds=1)]
+    records[5] = replace(records[5], validation_loss=1.0)
+    chosen = [(0, 0, 4), (0, 0, 6), (0, 1, 6), (0, 1, 8)]
+    steps = TrackedSteps(4, lambda: set())
+    assert [item.order for item in steps.choose(records)] == chosen
+    assert [item.order for item in steps.choose(records)] == chosen, "asked again, after a failure"
+    assert [item.order for item in TrackedSteps(4, lambda: {9}).choose(records)] == [*chosen, (0, 1, 9)]
+    assert [item.order for item in TrackedSteps(4, lambda: set()).choose(records[7:])] == [(0, 1, 8)], "the control"
+    assert TrackedSteps(1, lambda: set()).choose(records) == records
+
+
+def test_a_batch_that_fails_at_first_is_no_going_back(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longstride.workers import mlflow_client
+
+    sink, log = MlflowSink(run, TrackingConfig(), SETTINGS, "1"), mlflow_client.log_records
+    sink.connect()
+    monkeypatch.setattr(mlflow_client, "log_records", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sink.send(made(range(1, 4)))
+    monkeypatch.setattr(mlflow_client, "log_records", log)
+    sink.send(made(range(1, 4)))
+    assert Mlflow(run).points() == points(made(range(1, 4)))
+    assert "rewound_to" not in Mlflow(run).tags()
 
 
 def train_through_a_bad_loss(rank: int, world_size: int, directory: str) -> tuple[list[Order], list[Order]]:

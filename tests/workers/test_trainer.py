@@ -92,7 +92,7 @@ def validation_and_evaluation(rank: int, world_size: int, directory: str) -> tup
     trainer.train()
     assert trainer.validation_loss is not None
     trained = load_run(trainer.run, experiment)
-    return trainer.validation_loss, score_length(trained.model, experiment.data, trained.corpus).loss
+    return trainer.validation_loss, score_length(trained.model, experiment.data, experiment.open_corpus()).loss
 
 
 def test_evaluate_measures_what_training_measured(tmp_path: Path) -> None:

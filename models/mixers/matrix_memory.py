@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import begin_wkv7, wkv7
-from ..parallel import Dense, SequenceShard, begin_prefix_state
+from ...kernels import begin_wkv7, wkv7
+from ...parallel import Dense, SequenceShard, begin_prefix_state
 
 
 class MatrixMemory:
@@ -33,29 +33,23 @@ class MatrixMemory:
         shard: SequenceShard,
         initial_BHNN: Tensor | None = None,
     ) -> None:
-        self._stored, self._split = (log_w_BTHN, k_BTHN, v_BTHN, a_BTHN, b_BTHN), shard.size > 1
+        self._stored, self._shard = (log_w_BTHN, k_BTHN, v_BTHN, a_BTHN, b_BTHN), shard
+        self._initial_BHNN = initial_BHNN
         self._starts_BT = shard.start_mask(k_BTHN.device)
-        self._initial_BHNN = initial_BHNN if shard.rank == 0 else None
-        if self._split:
+        if shard.size > 1:
             self._stages = begin_wkv7(*self._stored, document_starts=self._starts_BT)
-            own_BHNN = self._stages.leaving
-            if self._initial_BHNN is not None:
-                own_BHNN = self._after(self._initial_BHNN)
             # memories are values by keys and transitions act on keys: the prefix is over transposed memories. The
             # transition of a shard in which a document begins is zero, so that nothing else must say so
-            transition = Dense(self._stages.transition.mT.contiguous())
-            self._entering = begin_prefix_state(transition, own_BHNN.mT.contiguous(), shard)
+            self._transition = Dense(self._stages.transition.mT.contiguous())
+            self._own_BHNN = self._stages.leaving.mT.contiguous()
+            initial_BHNN = None if initial_BHNN is None else initial_BHNN.mT
+            self._entering = begin_prefix_state(self._transition, self._own_BHNN, shard, initial=initial_BHNN)
 
     def recall(self, r_BTHN: Tensor) -> tuple[Tensor, Tensor]:
         """y (B, T, H, N) at this shard's tokens, and the memory after the last. To be called once."""
-        if not self._split:
+        if self._shard.size == 1:
             return wkv7(r_BTHN, *self._stored, initial_state=self._initial_BHNN, document_starts=self._starts_BT)
         self._stages.compute_local(r_BTHN)
-        entering_BHNN = self._entering.wait().mT
-        if self._initial_BHNN is not None:  # nothing comes from a process before
-            entering_BHNN = entering_BHNN + self._initial_BHNN
-        return self._stages.finish(entering_BHNN), self._after(entering_BHNN)
-
-    def _after(self, entering_BHNN: Tensor) -> Tensor:
-        stages = self._stages
-        return stages.leaving + entering_BHNN.to(stages.leaving.dtype) @ stages.transition
+        entering_BHNN = self._entering.wait()
+        after_BHNN = self._transition.after(entering_BHNN, self._own_BHNN, self._shard.local_length)
+        return self._stages.finish(entering_BHNN.mT), after_BHNN.mT

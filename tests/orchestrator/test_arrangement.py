@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longstride.orchestrator.planning import Node, arrange, fit, placement_rows, workers_per_node
+from longstride.orchestrator.arrangement import Node, arrange, fit, placement_rows, workers_per_node
 from longstride.parallel import Degrees
 from longstride.workers import Experiment
 
