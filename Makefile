@@ -32,10 +32,10 @@ train: $(VENV)/.runtime
 
 env: $(VENV)/.development
 
-# Tests that start Ray come after the others and alone: a cluster wants the cores for itself.
+# Most tests two at a time, by file; then those that want the cores for themselves (Ray, real servers, times).
 test: $(VENV)/.development
-	$(BIN)/python -m pytest -m "not slow and not soak and not ray" $(ARGS) || [ $$? -eq $(NONE_SELECTED) ]
-	$(BIN)/python -m pytest -m "not slow and not soak and ray" $(ARGS) || [ $$? -eq $(NONE_SELECTED) ]
+	$(BIN)/python -m pytest -m "not slow and not soak and not alone" -n 2 --dist loadfile $(ARGS) || [ $$? -eq $(NONE_SELECTED) ]
+	$(BIN)/python -m pytest -m "not slow and not soak and alone" $(ARGS) || [ $$? -eq $(NONE_SELECTED) ]
 
 test-full: $(VENV)/.development
 	$(BIN)/python -m pytest -m "not soak" $(ARGS)

@@ -33,7 +33,6 @@ def starve(process: psutil.Process) -> None:
     process.rlimit(psutil.RLIMIT_AS, (limit, limit))
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.timeout(900)

@@ -29,7 +29,6 @@ SETTINGS = (
 )
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.timeout(900)

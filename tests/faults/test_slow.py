@@ -16,12 +16,14 @@ from longstride.workers.manifest import list_checkpoints
 from longstride.workers.metrics import read_records
 
 from ..orchestrator.commands import finish, running, write_config
+from ..timing import in_time
 from ..workers.test_run_directory import record
 from .proxy import FaultProxy
 
 RATE, LATENCY = 200_000, 0.3  # bytes a second; seconds
 
 
+@pytest.mark.timing
 def test_a_step_does_not_wait_for_the_log(store: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor to learn whether somebody else has taken the run; a checkpoint does wait for the log, and shows how long."""
     # both ask the store again as soon as it has answered, so that who waits for it waits in every step
@@ -41,8 +43,7 @@ def test_a_step_does_not_wait_for_the_log(store: FaultProxy, monkeypatch: pytest
         assert run.metrics.append(record(step)) is None
         waits.append(time.monotonic() - began)
         time.sleep(0.05)
-    # but for two stalls of the machine
-    assert sorted(waits)[-3] < LATENCY / 2
+    in_time(sorted(waits)[-3] < LATENCY / 2, waits)
     assert store.faults > 2, "both have asked meanwhile"
     run.metrics.append(record(31))
     began = time.monotonic()
@@ -56,7 +57,6 @@ def test_a_step_does_not_wait_for_the_log(store: FaultProxy, monkeypatch: pytest
         time.sleep(0.05)
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.timeout(600)

@@ -29,6 +29,7 @@ from longstride.workers.storage import Storage, StorageError, StorageUnavailable
 from longstride.workers.trainer import Trainer
 
 from ..distributed import run_ranks
+from ..timing import in_time
 from ..workers.tiny import make_trainer, tiny_experiment
 from .conftest import ACCESS_KEY, SECRET, forget_connections
 from .proxy import FaultProxy
@@ -208,6 +209,7 @@ def upload(storage: Storage) -> None:
 
 
 # The system notices only now and then that what it holds is not taken.
+@pytest.mark.timing
 @pytest.mark.parametrize(("operation", "limit"), [(read, 4.5), (upload, 7.0)])
 def test_a_store_that_never_answers_is_given_up_in_time(
     store: FaultProxy, monkeypatch: pytest.MonkeyPatch, operation: Callable[[Storage], None], limit: float
@@ -220,9 +222,11 @@ def test_a_store_that_never_answers_is_given_up_in_time(
     storage.write_text("small", "text")
     store.hang()
     began = time.monotonic()
-    with pytest.raises(StorageUnavailable, match=r"\(given up after [2-6] s\)") as caught:
+    with pytest.raises(StorageUnavailable, match=r"\(given up after \d+ s\)") as caught:
         operation(storage)
-    assert 2.0 <= time.monotonic() - began < limit
+    seconds = time.monotonic() - began
+    assert seconds >= 2.0
+    in_time(seconds < limit, seconds, caught.value)
     assert "\n" not in str(caught.value) and isinstance(caught.value, StoreUnavailable)
     assert str(caught.value.filename).startswith("s3://bucket/dir")
     store.heal()

@@ -15,7 +15,7 @@ import pytest
 from .commands import Outcome, losses, run_command
 from .nodes import HEAD, Nodes, cluster, suspend, title, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 ONE, TWO = "127.0.0.3", "127.0.0.4"
 # float64: what another mesh adds in another order stays far below the tolerance for the whole run.

@@ -13,7 +13,7 @@ from .nodes import Nodes, cluster, wait_until
 from .test_cluster import command, compare, info, recorded, starts, submit, undisturbed, wait_for_start, wait_for_step
 
 pytestmark = [
-    pytest.mark.ray,
+    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.soak,
     pytest.mark.timeout(900),

@@ -105,15 +105,19 @@ def test_a_warning_asks_for_the_end_and_never_makes_it(
     """Slurm's or a closed terminal's, however often it comes; SIGTERM after it is the second signal."""
     now = [100.0]
     monkeypatch.setattr("longstride.orchestrator.stopping.time.monotonic", lambda: now[0])
-    request = StopRequest()
-    with stoppable(request):
-        signal.raise_signal(warning)
-        assert request.event.is_set()
-        assert request.exit_code == code
-        now[0] += ECHO_SECONDS + 1
-        signal.raise_signal(warning)
-        with pytest.raises(Terminated):
-            signal.raise_signal(signal.SIGTERM)
+    before = signal.signal(warning, signal.SIG_DFL)  # the tests may run under nohup
+    try:
+        request = StopRequest()
+        with stoppable(request):
+            signal.raise_signal(warning)
+            assert request.event.is_set()
+            assert request.exit_code == code
+            now[0] += ECHO_SECONDS + 1
+            signal.raise_signal(warning)
+            with pytest.raises(Terminated):
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(warning, before)
 
 
 def test_a_closed_terminal_does_not_reach_what_nohup_started() -> None:

@@ -24,7 +24,7 @@ from longstride.orchestrator.cli import main
 from .commands import GROWING, finish, losses, run_command, start_command
 from .nodes import answers, free_port, title
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.alone
 
 TWO = ("train", "small.yaml", "workers=2", "run.name=split")
 # Steps for a run that is to be disturbed long before its end.

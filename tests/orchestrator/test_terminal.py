@@ -23,7 +23,8 @@ LONGSTRIDE = str(Path(sys.executable).parent / "longstride")
 LOGIN = (
     sys.executable,
     "-c",
-    "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "import fcntl, os, signal, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
     "os.execv(sys.argv[1], sys.argv[1:])",
 )
 DIRECTORY = re.compile(r"/\S*/longstride-ray-\w+")  # Ray's files
@@ -33,7 +34,7 @@ def environment(directory: Path) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(directory), "TERM": "xterm"}
 
 
-@pytest.mark.ray
+@pytest.mark.alone
 def test_a_closed_terminal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     """The system tells all processes of the terminal, Ray's among them."""
     write_config(tmp_path)

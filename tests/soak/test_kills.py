@@ -31,7 +31,7 @@ import pytest
 from ..orchestrator.commands import losses, start_command, write_config
 from ..orchestrator.nodes import suspend, title, wait_until
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.alone
 
 # A larger model than the other tests', so that writing a checkpoint takes a while that can be hit.
 SETTINGS = (

@@ -231,7 +231,7 @@ def test_the_command_line_never_repeats_a_secret(
     assert "hunter2" not in "".join(capsys.readouterr())
 
 
-@pytest.mark.ray
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_over_ray_keeps_its_secrets_from_rays_files(store: FaultProxy, tmp_path: Path) -> None:

@@ -130,10 +130,10 @@ def test_a_loss_that_is_no_number_stops_the_run_with_advice(tmp_path: Path) -> N
 
 
 def live_tensors(rank: int, world_size: int, directory: str) -> list[int]:
-    """Tensors alive after each of some steps; before the first step the optimiser and FSDP have not settled."""
+    """Tensors alive after each of some steps."""
     trainer = make_trainer(tiny_experiment(directory, f"workers={world_size}", "data.prefetch=0"), rank)
     counts = []
-    for _ in range(6):
+    for _ in range(9):
         trainer.step()
         gc.collect()
         counts.append(sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()))
@@ -143,7 +143,9 @@ def live_tensors(rank: int, world_size: int, directory: str) -> list[int]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_step_leaves_nothing_behind(tmp_path: Path, workers: int) -> None:
     for counts in run_ranks(live_tensors, workers, str(tmp_path)):
-        assert len(set(counts[1:])) == 1, counts
+        # The first step settles the optimiser and FSDP. Gloo's thread may hold a message's tensor for a moment longer
+        # than the wait for it, so that one count says little and the fewest of some say what stays.
+        assert min(counts[1:5]) == min(counts[5:]), counts
 
 
 def undecayed(rank: int, world_size: int, directory: str) -> set[str]:
