@@ -10,7 +10,7 @@ from ..parallel import LedgerRow
 from ..workers import Experiment, RunDirectory, find_run, list_runs
 from ..workers.communication import read_communication
 from ..workers.manifest import list_checkpoints
-from ..workers.metrics import StepRecord, read_records
+from ..workers.metrics import StepRecord, newest_records
 from .evaluation import evaluate
 from .failures import one_line
 from .generation import generate
@@ -128,15 +128,15 @@ def _row(run: RunDirectory, notes: list[str]) -> tuple[str, ...]:
     except (ValueError, PermissionError) as error:
         notes.append(f"{run.name} is unreadable: {one_line(error)}")
         return (run.name, "unreadable", "-", "-", "-", "-", "-")
-    records = list(read_records(run.storage))
-    validations = [record.validation_loss for record in records if record.validation_loss is not None]
-    last = records[-1] if records else None
+    last = next(newest_records(run.storage), None)
+    measured = (record.validation_loss for record in newest_records(run.storage))
+    validation_loss = next((loss for loss in measured if loss is not None), None)
     return (
         run.name,
         _state(last, experiment.train.steps, time.time(), ended="given_back" in (info.get("owner") or {})),
         f"{last.step if last else 0}/{experiment.train.steps}",
         f"{last.loss:.4f}" if last else "-",
-        f"{validations[-1]:.4f}" if validations else "-",
+        "-" if validation_loss is None else f"{validation_loss:.4f}",
         f"{experiment.stage_after(last.step if last else 0).context:,}",
         str(info.get("created", "-")),
     )

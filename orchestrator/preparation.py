@@ -12,7 +12,7 @@ from ..workers import Experiment, Reporter, RunDirectory, create_run, find_run, 
 from ..workers.display import command
 from ..workers.launch import check
 from ..workers.manifest import list_checkpoints
-from ..workers.metrics import StepRecord, read_records
+from ..workers.metrics import StepRecord, newest_records
 from .failures import RunFailed, RunLost, is_mistake
 
 FAILURE_FILE = "failure.txt"
@@ -85,7 +85,7 @@ def take(run: RunDirectory, reporter: Reporter) -> None:
     """Makes this driver the run's writer. Another that seems to be alive is told of, and will stop."""
     owner = run.read_info().get("owner")
     if owner is not None and "given_back" not in owner:
-        *_, last = (None, *read_records(run.storage))
+        last = next(newest_records(run.storage), None)
         if last is not None and is_recent(last, now := time.time()):
             ago = f"step {last.step} was made {max(0.0, now - last.time):.0f} s ago, and nobody gave the run back"
             reporter.noted(f"{ago}: whoever may still train it stops")

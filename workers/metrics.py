@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .storage import Storage
 
@@ -34,6 +34,7 @@ FILE_BYTES = 256 << 10
 REWRITE_INTERVAL = 10.0
 REWRITE_SHARE = 0.05
 READERS = 16  # files read side by side
+READ_BYTES = 64 << 10  # at a time, where a log is read from its end
 _NAME = re.compile(r"metrics(?:-(\d{4,}))?\.jsonl")
 
 # A backward pass takes twice the operations of a forward pass.
@@ -264,6 +265,28 @@ def read_records(storage: Storage, after: int = 0) -> Iterator[StepRecord]:
                 yield record
         if lines < text.count("\n"):
             return
+
+
+def newest_records(storage: Storage) -> Iterator[StepRecord]:
+    """The same records from the last to the first. Of a log of any length, only as much is read as is asked for."""
+    for name in reversed(log_files(storage)):
+        # A file that is taken back meanwhile has no records.
+        with contextlib.suppress(FileNotFoundError), storage.explained(name), storage.open(name, "rb") as stream:
+            for line in _lines_from_the_end(stream):
+                for _, record in _complete(line):  # none of a line cut short
+                    yield record
+
+
+def _lines_from_the_end(stream: IO[bytes]) -> Iterator[str]:
+    """What lies between line ends, last first."""
+    left, rest = stream.seek(0, os.SEEK_END), b""
+    while left:
+        size = min(READ_BYTES, left)
+        left = stream.seek(left - size)
+        rest, *lines = (stream.read(size) + rest).split(b"\n")
+        for line in reversed(lines):
+            yield line.decode("utf-8", "replace")
+    yield rest.decode("utf-8", "replace")
 
 
 def _read_files(storage: Storage) -> Iterator[str]:

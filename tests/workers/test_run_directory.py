@@ -10,7 +10,7 @@ import pytest
 
 from longstride.workers import metrics
 from longstride.workers.configuration import ConfigError, validate
-from longstride.workers.metrics import METRICS_FILE, MetricsLog, StepRecord, read_records
+from longstride.workers.metrics import METRICS_FILE, MetricsLog, StepRecord, newest_records, read_records
 from longstride.workers.run_directory import RunConfig, RunDirectory, check_name, code_version, find_run, list_runs
 from longstride.workers.storage import Storage
 
@@ -82,6 +82,30 @@ def test_metrics_are_appended_and_read_back(place: str) -> None:
     assert list(read_records(run.storage, after=3)) == records[3:]
     lines = run.storage.read_text(METRICS_FILE).splitlines()
     assert json.loads(lines[0])["loss"] == records[0].loss  # every bit of it
+
+
+@pytest.mark.parametrize("block", [7, 100, 1 << 16])
+def test_a_log_is_read_from_its_end(place: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks shorter than a line and longer than the log, over several files, with the last line torn."""
+    monkeypatch.setattr(metrics, "READ_BYTES", block)
+    storage = Storage(f"{place}/log")
+    assert list(newest_records(storage)) == []
+    lines = [record(step).to_json() + "\n" for step in range(1, 11)]
+    storage.write_text(METRICS_FILE, "".join(lines[:6]))
+    storage.write_text("metrics-0001.jsonl", "".join(lines[6:]) + lines[0][:20])
+    assert list(newest_records(storage)) == list(read_records(storage))[::-1]
+    assert next(newest_records(storage)).step == 10
+
+
+def test_the_end_of_a_long_log_is_all_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(str(tmp_path))
+    line = record(1).to_json() + "\n"
+    storage.write_text(METRICS_FILE, line * (5 * metrics.READ_BYTES // len(line)))
+    parsed: list[str] = []
+    parse = metrics._complete
+    monkeypatch.setattr(metrics, "_complete", lambda text: parsed.append(text) or parse(text))
+    assert next(newest_records(storage)) == record(1)
+    assert sum(map(len, parsed)) < 2 * len(line)
 
 
 def test_rewind_takes_back_later_steps_and_torn_lines(place: str) -> None:
